@@ -117,6 +117,40 @@ def rotation_from_axis_angle(axis_angle: Float[Tensor, "*batch 3"]) -> Float[Ten
     return torch.linalg.matrix_exp(skew.unflatten(-1, (3, 3)))
 
 
+def rotation_from_quat(quats: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 3 3"]:
+    """Rotation matrices of quaternions (w, x, y, z), which need not be of unit length.
+
+    >>> rotation_from_quat(torch.tensor([2.0, 0.0, 0.0, 0.0])).tolist()
+    [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    w, x, y, z = (quats / quats.norm(dim=-1, keepdim=True)).unbind(-1)
+    rows = [
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ]  # fmt: skip
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+
+
+def quat_from_rotation(rotation: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]:
+    """Unit quaternions (w, x, y, z) of rotation matrices; inverse of `rotation_from_quat` up to sign.
+
+    Each of the four rows below is the quaternion times one of its own entries (Shepperd 1978); the row with the largest
+    such entry is taken, so that nothing is divided by a small number.
+    """
+    (r00, r01, r02), (r10, r11, r12), (r20, r21, r22) = (row.unbind(-1) for row in rotation.unbind(-2))
+    rows = [
+        1 + r00 + r11 + r22, r21 - r12, r02 - r20, r10 - r01,
+        r21 - r12, 1 + r00 - r11 - r22, r10 + r01, r02 + r20,
+        r02 - r20, r10 + r01, 1 - r00 + r11 - r22, r21 + r12,
+        r10 - r01, r02 + r20, r21 + r12, 1 - r00 - r11 + r22,
+    ]  # fmt: skip
+    candidates = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
+    best = candidates.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
+    quats = candidates.gather(-2, best[..., None, None].expand(*best.shape, 1, 4))[..., 0, :]
+    return quats / quats.norm(dim=-1, keepdim=True)
+
+
 def look_at(
     eye: Float[Tensor, " 3"], target: Float[Tensor, " 3"], down: Float[Tensor, " 3"] | None = None
 ) -> Float[Tensor, "4 4"]:

@@ -1,0 +1,74 @@
+"""Figures of merit: end-point error, PCK, average precision of a certainty, and picture quality inside a mask."""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from l2m_viz.errors import L2MError
+from l2m_viz.geometry import HW, to_pixel
+
+
+def end_point_error(
+    warp: Float[Tensor, "*b 2"], warp_true: Float[Tensor, "*b 2"], hw_to: HW
+) -> Float[Tensor, "*b"]:
+    """Distance in pixels of the target image between two normalised warps."""
+    return (to_pixel(warp, hw_to) - to_pixel(warp_true, hw_to)).norm(dim=-1)
+
+
+def pck(errors_px: Float[Tensor, " n"], threshold_px: float) -> float:
+    """Percentage of correct keypoints: the share of errors below the threshold.
+
+    >>> pck(torch.tensor([0.5, 2.0]), 1.0)
+    0.5
+    """
+    _require_some(errors_px, "pck")
+    return (errors_px < threshold_px).float().mean().item()
+
+
+def average_precision(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -> float:
+    """Area under the precision-recall curve of ``scores`` for ``labels``, sum of precision times gain in recall.
+
+    Equal scores are one step of the curve, whatever their order. Without a positive label the result is NaN.
+
+    >>> average_precision(torch.tensor([0.9, 0.8, 0.1]), torch.tensor([True, False, True]))
+    0.8333333...
+    """
+    _require_some(scores, "average_precision")
+    if not labels.any():
+        return float("nan")
+    order = scores.argsort(descending=True)
+    hits = labels[order].double().cumsum(0)
+    last_of_tie = torch.cat([scores[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
+    hits, drawn = hits[last_of_tie], (torch.arange(len(scores)) + 1)[last_of_tie]
+    gain = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
+    return (gain * hits / drawn).sum().item()
+
+
+def psnr(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], mask: Bool[Tensor, "h w"]) -> float:
+    """Peak signal-to-noise ratio in dB over the pixels of the mask, for images in [0, 1]."""
+    _require_some(mask[mask], "psnr")
+    error = (image - truth)[mask].double().square().mean().item()
+    return float("inf") if error == 0 else -10 * float(np.log10(error))
+
+
+def ssim(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], mask: Bool[Tensor, "h w"]) -> float:
+    """Structural similarity (Wang et al. 2004, 7x7 windows, mean of R, G, B) over the pixels of the mask.
+
+    Only windows that lie wholly inside the mask count: one that reaches into a hole would compare the hole's filling.
+    """
+    from scipy.ndimage import binary_erosion
+    from skimage.metrics import structural_similarity
+
+    window = 7
+    whole = binary_erosion(mask.numpy(), np.ones((window, window)))
+    _require_some(torch.from_numpy(whole[whole]), "ssim")
+    _, local = structural_similarity(
+        image.numpy(), truth.numpy(), win_size=window, channel_axis=2, data_range=1.0, full=True
+    )
+    return float(local[whole].mean())
+
+
+def _require_some(values: Tensor, name: str) -> None:
+    if len(values) == 0:
+        raise L2MError(name, expected="at least one pixel", got="none", todo="the mask is empty; check the overlap")

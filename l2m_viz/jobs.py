@@ -1,0 +1,58 @@
+"""The demo's parts as jobs of their own: one input, one folder of files, lines that say what was written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from l2m_viz.data import atomic_write, read_image, write_image
+from l2m_viz.demo import DemoCfg, feature_gaussians, photo_with_depth
+from l2m_viz.geometry import normalized_grid, sample_image
+from l2m_viz.lifting import lift, sample_cameras
+from l2m_viz.matching import load_matcher
+from l2m_viz.show import figures
+from l2m_viz.show.figures import Panel
+
+
+def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: int) -> Iterator[str]:
+    """Match two files; write match.npz, matches.csv, warped.png and match.png; yield what was done."""
+    image_A, image_B = read_image(path_A), read_image(path_B)
+    match = load_matcher(matcher).match(image_A, image_B)
+    match.save(out / "match.npz")
+    rows = match.to_csv(out / "matches.csv", num, torch.Generator().manual_seed(0))
+    grid = normalized_grid(match.hw_A)
+    certainty = sample_image(match.certainty_A_to_B, grid)
+    warped = sample_image(image_B, sample_image(match.warp_A_to_B, grid))
+    write_image(out / "warped.png", warped)
+    matches = match.sample(num, torch.Generator().manual_seed(0))
+    pictures = {
+        "match.png": figures.panels(
+            Panel("A", image_A),
+            Panel("B warped into A", warped, mask=certainty > 0.05),
+            Panel("certainty", certainty, "certainty", label="certainty"),
+        ),
+        "lines.png": figures.matches(image_A, image_B, matches),
+    }
+    for name, figure in pictures.items():
+        with atomic_write(out / name) as file:
+            file.write(figures.to_png(figure))
+    yield f"overlap {match.overlap:.3f} (mean certainty; near 0: the images do not show the same thing)"
+    yield f"{rows} matches in {out / 'matches.csv'}; warp and certainty in {out / 'match.npz'}; pictures beside them"
+
+
+def lift_to_folder(cfg: DemoCfg, views: int, seed: int) -> Iterator[str]:
+    """Lift a photo; write scene.npz, gaussians.npz, pca.npz and the views as PNG; yield what was done."""
+    image, depth, K = photo_with_depth(cfg)
+    if depth.method == "prior":
+        yield "no depth file: the offline prior guessed it (plausible at best)"
+    scene = lift(image, depth, K)
+    scene.save(cfg.out / "scene.npz")
+    cameras = sample_cameras(scene, views, generator=torch.Generator().manual_seed(seed))
+    for index, camera in enumerate(cameras):
+        view = scene.render(camera)
+        write_image(cfg.out / f"view_{index}.png", view.image)
+        yield f"view {index}: {(~view.hole_mask).float().mean():.0%} covered"
+    gaussians, pca = feature_gaussians(image, depth, K)
+    gaussians.save(cfg.out / "gaussians.npz")
+    pca.save(cfg.out / "pca.npz")
+    yield f"{len(gaussians):,} Gaussians; files in {cfg.out}"

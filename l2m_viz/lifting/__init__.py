@@ -1,0 +1,17 @@
+"""Lifting one photo to 3D: depth, mesh, novel views, and exact correspondences between them."""
+
+from l2m_viz.lifting.depth import (
+    Depth as Depth,
+    as_depth as as_depth,
+    depth_from_disparity as depth_from_disparity,
+    estimate_depth as estimate_depth,
+    read_depth as read_depth,
+)
+from l2m_viz.lifting.ground_truth import warp_from_depth as warp_from_depth
+from l2m_viz.lifting.scene import LiftedScene as LiftedScene, MeshCfg as MeshCfg, View as View, lift as lift
+from l2m_viz.lifting.views import (
+    ViewSamplerCfg as ViewSamplerCfg,
+    orbit_cameras as orbit_cameras,
+    sample_cameras as sample_cameras,
+    sample_intrinsics as sample_intrinsics,
+)

@@ -1,0 +1,164 @@
+"""A photo with depth as a mesh in 3D, and its renders from new cameras.
+
+One vertex a pixel, at the pixel's centre; two triangles a quad; no triangle across a depth discontinuity, where the
+photo says nothing about what lies between. World coordinates are those of the photo's own camera.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from l2m_viz.data.files import Saved
+from l2m_viz.errors import ShapeError
+from l2m_viz.geometry import HW, Camera, unproject_depth
+from l2m_viz.lifting import _zbuffer
+from l2m_viz.lifting.depth import Depth, as_depth
+from l2m_viz.parallel import num_threads, run_kernel
+
+NEAR = 0.01  # of the scene's unit; nearer vertices are not drawn, as in the official renderer
+_BANDS_PER_THREAD = 4  # rows are unevenly filled: a few bands for each thread balance the load
+
+
+@dataclass(frozen=True)
+class MeshCfg:
+    """How a depth map becomes triangles."""
+
+    # A triangle whose farthest corner is this much farther than its nearest spans a discontinuity. 5 % is the tolerance
+    # at which the field calls two depths the same surface (RoMa, DKM).
+    max_depth_ratio: float = 1.05
+
+
+@dataclass(frozen=True)
+class View:
+    """What one camera sees of a lifted scene.
+
+    ``depth`` means something only outside ``hole_mask``. Where ``inpainted_mask`` is True the colour was invented;
+    such pixels stay holes.
+    """
+
+    camera: Camera
+    image: Float[Tensor, "h w 3"]
+    depth: Float[Tensor, "h w"]
+    hole_mask: Bool[Tensor, "h w"]
+    inpainted_mask: Bool[Tensor, "h w"]
+
+
+@dataclass(frozen=True)
+class LiftedScene(Saved):
+    """A photo lifted to 3D: image, depth, intrinsics, and which triangles of the pixel mesh exist.
+
+    ``triangle_mask`` (H-1, W-1, 2) is True for the triangles that are drawn: (a, b, c) and (b, d, c) of each quad with
+    corners a b / c d. ``cut_mask`` is True at pixels beside a depth discontinuity.
+    """
+
+    image: Float[Tensor, "h w 3"]
+    depth: Float[Tensor, "h w"]
+    valid_mask: Bool[Tensor, "h w"]
+    K: Float[Tensor, "3 3"]
+    triangle_mask: Bool[Tensor, "quads_y quads_x 2"]
+    cut_mask: Bool[Tensor, "h w"]
+
+    @property
+    def hw(self) -> HW:
+        """Size (H, W) of the photo in pixels."""
+        return self.depth.shape[0], self.depth.shape[1]
+
+    @property
+    def unit(self) -> float:
+        """The scene's own length: the 2nd percentile of its valid depth. Camera moves are multiples of it."""
+        return float(np.percentile(self.depth[self.valid_mask].numpy(), 2))
+
+    @property
+    def camera(self) -> Camera:
+        """The photo's own camera, at the origin of the world."""
+        return Camera(self.K, torch.eye(4), width=self.hw[1], height=self.hw[0])
+
+    def render(self, camera: Camera) -> View:
+        """Render colour, depth and holes with a z-buffer, perspective-correct.
+
+        A pixel is a hole where no triangle covers its centre, or where the nearest surface shows its back: the photo
+        never saw that side, and it hides what is behind.
+        """
+        image, depth, covered = self.render_attributes(camera, self.image)
+        empty = torch.zeros_like(covered)
+        return View(camera, image, depth, hole_mask=~covered, inpainted_mask=empty)
+
+    def render_attributes(
+        self, camera: Camera, attributes: Float[Tensor, "h w c"]
+    ) -> tuple[Float[Tensor, "rows cols c"], Float[Tensor, "rows cols"], Bool[Tensor, "rows cols"]]:
+        """Render any per-pixel attribute: return (attributes, depth, covered), zeros where nothing covers the pixel.
+
+        Raises:
+            ShapeError: the attributes are not of the photo's size.
+        """
+        if tuple(attributes.shape[:2]) != self.hw:
+            raise ShapeError("render_attributes", expected=f"{self.hw} + (C,)", got=str(tuple(attributes.shape)))
+        points = unproject_depth(self.depth, self.K).numpy()
+        height, width = self.hw
+        screen = np.empty((height, width, 3), np.float32)
+        row_span = np.empty((height, 2), np.float32)
+        pose, K = camera.w2c.numpy().astype(np.float32), camera.K.numpy().astype(np.float32)
+        run_kernel(
+            _zbuffer.project_vertices, points, self.valid_mask.numpy(), pose, K, NEAR * self.unit, screen, row_span
+        )
+        inverse_depth = np.zeros(camera.hw, np.float32)
+        owner = np.full(camera.hw, -1, np.int32)
+        bands = min(camera.height, _BANDS_PER_THREAD * num_threads())
+        run_kernel(
+            _zbuffer.rasterize_triangles, screen, row_span, self.triangle_mask.numpy(), bands, inverse_depth, owner
+        )
+        out = np.zeros((*camera.hw, attributes.shape[2]), np.float32)
+        run_kernel(_zbuffer.interpolate, screen, np.ascontiguousarray(attributes.numpy(), np.float32), owner, out)
+        covered = owner >= 0
+        depth = np.divide(1.0, inverse_depth, out=np.zeros_like(inverse_depth), where=covered)
+        return torch.from_numpy(out), torch.from_numpy(depth), torch.from_numpy(covered)
+
+
+def lift(
+    image: Float[Tensor, "h w 3"],
+    depth: Depth | Float[Tensor, "h w"],
+    K: Float[Tensor, "3 3"],
+    cfg: MeshCfg | None = None,
+) -> LiftedScene:
+    """Lift a photo with depth to a mesh.
+
+    Args:
+        image: The photo, RGB in [0, 1].
+        depth: Its z-depth, in any unit; in a bare tensor, values that are not finite and positive count as unknown.
+        K: Its intrinsics in pixels.
+        cfg: How triangles are made.
+
+    Raises:
+        ShapeError: image and depth differ in size, or are smaller than 2x2.
+    """
+    depth = as_depth(depth)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.shape[:2] != depth.depth.shape:
+        got = f"image {tuple(image.shape)}, depth {tuple(depth.depth.shape)}"
+        raise ShapeError("lift", expected="image (H, W, 3) and depth (H, W) of one size", got=got)
+    if min(depth.depth.shape) < 2:
+        raise ShapeError("lift", expected="at least 2x2 px", got=str(tuple(depth.depth.shape)))
+    triangle_mask, cut_mask = _triangles(depth.depth, depth.valid_mask, cfg or MeshCfg())
+    return LiftedScene(image, depth.depth, depth.valid_mask, K, triangle_mask, cut_mask)
+
+
+def _triangles(
+    depth: Float[Tensor, "h w"], valid: Bool[Tensor, "h w"], cfg: MeshCfg
+) -> tuple[Bool[Tensor, "quads_y quads_x 2"], Bool[Tensor, "h w"]]:
+    corners = {  # a b / c d of every quad
+        "a": (slice(None, -1), slice(None, -1)),
+        "b": (slice(None, -1), slice(1, None)),
+        "c": (slice(1, None), slice(None, -1)),
+        "d": (slice(1, None), slice(1, None)),
+    }
+    keep, cut_mask = [], torch.zeros_like(valid)
+    for names in ("abc", "bdc"):
+        z = torch.stack([depth[corners[name]] for name in names])  # [3 h-1 w-1]
+        known = torch.stack([valid[corners[name]] for name in names]).all(dim=0)
+        one_surface = z.amax(dim=0) <= cfg.max_depth_ratio * z.amin(dim=0)
+        keep.append(known & one_surface)
+        for name in names:
+            cut_mask[corners[name]] |= known & ~one_surface
+    return torch.stack(keep, dim=-1), cut_mask

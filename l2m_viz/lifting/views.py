@@ -1,0 +1,85 @@
+"""Where to look from: camera sampling in units of the scene, and a smooth orbit for looking around.
+
+The ranges are those of the paper's released script (L2M get_data.py): every magnitude is drawn from the upper half of
+its range, so no sampled camera stands still.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from l2m_viz.geometry import (
+    HW,
+    Camera,
+    intrinsics,
+    look_at,
+    pose_from_rotation,
+    rotation_from_axis_angle,
+)
+from l2m_viz.lifting.scene import LiftedScene
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ViewSamplerCfg:
+    """Ranges of random cameras; lengths are multiples of `LiftedScene.unit`, the sign of every term is random."""
+
+    # Focal length over image width, 96 to 67 degrees of horizontal field of view; for photos without known intrinsics.
+    focal_over_width: Range = (0.45, 0.75)
+    # |x| and |y| of the translation.
+    shift: Range = (0.2, 0.4)
+    # |z| of the translation; the nearest surface is about one unit away, so -0.8 leaves it at 0.2.
+    dolly: Range = (0.4, 0.8)
+    # Each component of the axis-angle rotation vector.
+    rotation_deg: Range = (5.0, 10.0)
+
+
+def sample_intrinsics(
+    hw: HW, cfg: ViewSamplerCfg | None = None, generator: torch.Generator | None = None
+) -> Float[Tensor, "3 3"]:
+    """Draw intrinsics for a photo of unknown focal length, principal point at the centre."""
+    low, high = (cfg or ViewSamplerCfg()).focal_over_width
+    return intrinsics(hw[1] * (low + (high - low) * torch.rand((), generator=generator).item()), hw)
+
+
+def sample_cameras(
+    scene: LiftedScene, n: int, cfg: ViewSamplerCfg | None = None, generator: torch.Generator | None = None
+) -> list[Camera]:
+    """Draw n cameras around the photo's own, with its intrinsics and size.
+
+    A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``.
+    """
+    cfg = cfg or ViewSamplerCfg()
+
+    def draw(span: Range, count: int) -> Tensor:
+        magnitude = span[0] + (span[1] - span[0]) * torch.rand(count, generator=generator)
+        return magnitude * (2 * torch.randint(0, 2, (count,), generator=generator) - 1)
+
+    cameras = []
+    for _ in range(n):
+        rotation = rotation_from_axis_angle(draw(cfg.rotation_deg, 3) * math.pi / 180)
+        translation = torch.cat([draw(cfg.shift, 2), draw(cfg.dolly, 1)]) * scene.unit
+        pose = pose_from_rotation(rotation, translation)
+        cameras.append(Camera(scene.K, pose, width=scene.hw[1], height=scene.hw[0]))
+    return cameras
+
+
+def orbit_cameras(scene: LiftedScene, n: int, radius: float = 0.1) -> list[Camera]:
+    """Return n cameras on a closed ellipse around the photo's own, all looking at the middle of the scene.
+
+    Args:
+        scene: The lifted photo.
+        n: Number of cameras; the path closes, so the last is one step before the first.
+        radius: Horizontal half axis in units of the scene; the vertical one is half of it.
+    """
+    median = scene.depth[scene.valid_mask].median()
+    target = torch.stack([torch.zeros_like(median), torch.zeros_like(median), median])
+    cameras = []
+    for angle in torch.arange(n) * (2 * math.pi / n):
+        eye = scene.unit * radius * torch.stack([torch.sin(angle), 0.5 * torch.cos(angle) - 0.5, 0 * angle])
+        cameras.append(Camera(scene.K, look_at(eye, target), width=scene.hw[1], height=scene.hw[0]))
+    return cameras

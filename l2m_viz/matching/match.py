@@ -1,0 +1,183 @@
+"""The result of matching two images densely, and what can be asked of it."""
+
+import csv
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from l2m_viz.data.files import Saved, write_text
+from l2m_viz.errors import L2MError, ShapeError
+from l2m_viz.geometry import HW, inside_image, pixel_grid, sample_image, to_normalized, to_pixel
+
+Direction = Literal["A_to_B", "B_to_A"]
+
+_MIN_CERTAINTY = 0.05  # below it a pixel is never sampled (RoMa's sample threshold)
+_OVERSAMPLING = 4  # draw this many times the wanted number by certainty, then thin by density (RoMa, DKM)
+_DENSITY_SIGMA = 0.1  # of the Gaussian kernel over (xA, yA, xB, yB) in normalised units (RoMa)
+_DENSITY_POINTS = 2000  # the density is estimated from this many of the draws: memory and time stay linear
+_LONELY = 10  # draws with fewer neighbours than this are probably wrong and are taken last (RoMa)
+
+
+@dataclass(frozen=True)
+class Matches(Saved):
+    """Sampled correspondences in pixels of the original images, with the certainty of each."""
+
+    points_A: Float[Tensor, "n 2"]
+    points_B: Float[Tensor, "n 2"]
+    certainty: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.certainty)
+
+
+@dataclass(frozen=True)
+class Match(Saved):
+    """Dense correspondence of two images, in both directions.
+
+    Attributes:
+        warp_A_to_B: Absolute normalised position in B of every pixel of A, at the matcher's resolution.
+        certainty_A_to_B: Probability in [0, 1] that the match is right.
+        warp_B_to_A: The other direction.
+        certainty_B_to_A: The other direction.
+        hw_A: Size (H, W) of the original image A in pixels.
+        hw_B: Size (H, W) of the original image B in pixels.
+        matcher: Name of the matcher.
+        keypoints_A: A sparse matcher's own sub-pixel keypoints in original pixels of A, else None.
+        keypoints_B: Their partners in B.
+        keypoint_certainty: Their certainties.
+    """
+
+    warp_A_to_B: Float[Tensor, "ha wa 2"]
+    certainty_A_to_B: Float[Tensor, "ha wa"]
+    warp_B_to_A: Float[Tensor, "hb wb 2"]
+    certainty_B_to_A: Float[Tensor, "hb wb"]
+    hw_A: HW
+    hw_B: HW
+    matcher: str = ""
+    keypoints_A: Float[Tensor, "n 2"] | None = None
+    keypoints_B: Float[Tensor, "n 2"] | None = None
+    keypoint_certainty: Float[Tensor, " n"] | None = None
+
+    def query(
+        self, points: Float[Tensor, "*n 2"], direction: Direction = "A_to_B"
+    ) -> tuple[Float[Tensor, "*n 2"], Float[Tensor, "*n"]]:
+        """Where do these points lie in the other image? Return (points, certainty), in pixels of the original images.
+
+        A point outside its image is answered for the nearest border pixel, with certainty 0; an answer outside the other
+        image is clamped to its border.
+
+        Raises:
+            ShapeError: the points are not (..., 2).
+            L2MError: a point is not finite, or the direction is unknown.
+        """
+        points = torch.as_tensor(points, dtype=torch.float32)
+        if points.ndim == 0 or points.shape[-1] != 2:
+            raise ShapeError("query", expected="points (..., 2) as (x, y) px", got=str(tuple(points.shape)))
+        if not torch.isfinite(points).all():
+            raise L2MError("query", expected="finite points", got="NaN or infinity")
+        warp, certainty, hw_from, hw_to = self._side(direction)
+        points_n = to_normalized(points, hw_from)
+        target = sample_image(warp, points_n).clamp(-1, 1)
+        return to_pixel(target, hw_to), sample_image(certainty, points_n) * inside_image(points_n)
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Matches:
+        """Draw at most ``num`` matches, spread evenly over the matched surface, from both directions.
+
+        Draws follow the certainty and are then thinned where they crowd in the joint space of both images (Edstedt et
+        al., RoMa). Fewer certain pixels than ``num`` give fewer matches, none give an empty result. A sparse matcher
+        returns its own keypoints, the most certain first.
+
+        Raises:
+            L2MError: ``num`` is negative.
+        """
+        if num < 0:
+            raise L2MError("sample", expected="num >= 0", got=str(num))
+        if self.keypoints_A is not None and self.keypoints_B is not None and self.keypoint_certainty is not None:
+            best = self.keypoint_certainty.argsort(descending=True, stable=True)[:num]
+            return Matches(self.keypoints_A[best], self.keypoints_B[best], self.keypoint_certainty[best])
+        pairs, certainty = self._candidates
+        drawn = _draw(certainty, _OVERSAMPLING * num, generator)
+        density = _density(pairs[drawn], generator)
+        balance = torch.where(density < _LONELY, 1e-7, 1 / (density + 1))
+        drawn = drawn[_draw(balance, num, generator)]
+        points_A, points_B = to_pixel(pairs[drawn, :2], self.hw_A), to_pixel(pairs[drawn, 2:], self.hw_B)
+        return Matches(points_A, points_B, certainty[drawn])
+
+    def cycle_error(self, direction: Direction = "A_to_B") -> Float[Tensor, "h w"]:
+        """Distance in original pixels between each pixel and where it lands after going there and back."""
+        there, _, hw_from, _ = self._side(direction)
+        back, _, _, _ = self._side("B_to_A" if direction == "A_to_B" else "A_to_B")
+        returned = to_pixel(sample_image(back, there.clamp(-1, 1)), hw_from)
+        start = to_pixel(to_normalized(pixel_grid(_hw(there)), _hw(there)), hw_from)
+        return (returned - start).norm(dim=-1)
+
+    @property
+    def overlap(self) -> float:
+        """Mean certainty over both directions: near 0 says that the two images do not show the same thing."""
+        return 0.5 * (self.certainty_A_to_B.mean().item() + self.certainty_B_to_A.mean().item())
+
+    def to_csv(self, path: str | Path, num: int = 5000, generator: torch.Generator | None = None) -> int:
+        """Write sampled matches as x_A, y_A, x_B, y_B (px of the originals, first pixel's centre at 0.5), certainty.
+
+        Returns:
+            The number of rows written.
+        """
+        matches = self.sample(num, generator)
+        rows = torch.cat([matches.points_A, matches.points_B, matches.certainty[:, None]], dim=1).tolist()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["x_A_px", "y_A_px", "x_B_px", "y_B_px", "certainty"])
+        writer.writerows([f"{value:.4f}" for value in row] for row in rows)
+        write_text(path, text.getvalue())
+        return len(rows)
+
+    @cached_property
+    def _candidates(self) -> tuple[Float[Tensor, "n 4"], Float[Tensor, " n"]]:
+        """All pixels that may be drawn, as normalised (xA, yA, xB, yB), with their certainties."""
+        pairs, certainties = [], []
+        for direction in ("A_to_B", "B_to_A"):
+            warp, certainty, _, _ = self._side(direction)
+            keep = (certainty > _MIN_CERTAINTY) & inside_image(warp)
+            grid = to_normalized(pixel_grid(_hw(warp)), _hw(warp))
+            ends = (grid[keep], warp[keep]) if direction == "A_to_B" else (warp[keep], grid[keep])
+            pairs.append(torch.cat(ends, dim=-1))
+            certainties.append(certainty[keep])
+        return torch.cat(pairs), torch.cat(certainties)
+
+    def _side(self, direction: Direction) -> tuple[Tensor, Tensor, HW, HW]:
+        if direction == "A_to_B":
+            return self.warp_A_to_B, self.certainty_A_to_B, self.hw_A, self.hw_B
+        if direction == "B_to_A":
+            return self.warp_B_to_A, self.certainty_B_to_A, self.hw_B, self.hw_A
+        raise L2MError("direction", expected="'A_to_B' or 'B_to_A'", got=repr(direction))
+
+
+def _hw(warp: Tensor) -> HW:
+    return warp.shape[0], warp.shape[1]
+
+
+def _draw(weights: Float[Tensor, " n"], num: int, generator: torch.Generator | None) -> Tensor:
+    """Indices of at most ``num`` draws without replacement, in proportion to positive weights (Efraimidis, Spirakis 2006).
+
+    The largest keys log(u) / w are such a sample; unlike torch.multinomial, any number of weights and draws will do.
+    """
+    keys = torch.rand(len(weights), generator=generator).clamp(min=1e-30).log() / weights
+    return keys.topk(min(num, len(weights))).indices
+
+
+def _density(pairs: Float[Tensor, "n 4"], generator: torch.Generator | None) -> Float[Tensor, " n"]:
+    """Number of other draws near each one, with a Gaussian kernel, estimated from a random part of the draws."""
+    if len(pairs) == 0:
+        return pairs.new_zeros(0)
+    chosen = pairs[torch.randperm(len(pairs), generator=generator)[:_DENSITY_POINTS]]
+    per_block = [
+        torch.exp(-(torch.cdist(block, chosen) ** 2) / (2 * _DENSITY_SIGMA**2)).sum(dim=1)
+        for block in pairs.split(8192)
+    ]
+    return torch.cat(per_block) * (len(pairs) / len(chosen))
