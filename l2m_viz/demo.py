@@ -220,8 +220,8 @@ def _splat_stage(job: _Job, scene: LiftedScene, camera_B: Camera, cfg: DemoCfg) 
     numbers = {"num_gaussians": float(len(gaussians))}
     shown = [Number("Gaussians", len(gaussians)), Number("feature channels", NUM_FEATURES)]
     if job.image_B is not None:
-        numbers["splat_psnr_db"] = psnr(render.color, job.image_B, drawn)
-        note = f"where alpha > {HOLE_ALPHA}"
+        numbers["splat_psnr_db"] = psnr(render.color, job.image_B, scene.render(camera_B).hole_mask.logical_not())
+        note = "over the pixels that the mesh covers"
         shown.append(Number("PSNR against the real photo B", numbers["splat_psnr_db"], "dB", note))
     pictures = figures.panels(
         Panel("splatted colour", render.color, mask=drawn),
@@ -293,6 +293,9 @@ def _match_stage(job: _Job, scene: LiftedScene, view_B: View, cfg: DemoCfg) -> _
             Number(f"{name}: overlap", match.overlap, "", "mean certainty"),
         ]
         pictures.append(_match_figure(cfg, name, job.image_A, image_B, match, warp, covisible))
+        matches = match.sample(300, torch.Generator().manual_seed(0))
+        lines = figures.matches(job.image_A, image_B, matches, title=f"{name}: {len(matches)} of its matches")
+        pictures.append(_figure(cfg, f"lines_{name}", lines, f"{name}: sampled matches, coloured by certainty."))
     real = "the real photo B" if job.image_B is not None else "the rendered view B (its holes are black)"
     text = f"Photo A against {real}; the truth comes from {'measured disparity' if job.warp is not None else 'the lifted depth'}."
     return _Stage(Section("3. Match", text, shown, pictures), numbers)

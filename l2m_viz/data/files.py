@@ -15,9 +15,8 @@ from torch import Tensor
 
 from l2m_viz.errors import FileFormatError
 
-_Result = TypeVar(
-    "_Result", bound="Saved"
-)  # not typing.Self, which the run-time checker of the tests rejects
+# Not typing.Self, which the run-time checker of the tests rejects.
+_Result = TypeVar("_Result", bound="Saved")
 
 
 @contextmanager
@@ -48,7 +47,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_npz(path: str | Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """Write arrays and JSON-able ``meta`` into one npz, atomically and without pickles; uncompressed, as floats hardly shrink."""
+    """Write arrays and JSON-able ``meta`` to an npz, atomically, no pickles; floats hardly shrink: stored."""
     encoded = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     with atomic_write(path) as file:
         np.savez(file, __meta__=encoded, **arrays)  # pyright: ignore[reportArgumentType]
@@ -114,9 +113,8 @@ class Saved:
         try:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         except TypeError as error:  # text, or bytes in another order
-            raise FileFormatError(
-                f"cannot load {path}", expected="arrays of numbers", got=str(error)
-            ) from error
+            got = str(error)
+            raise FileFormatError(f"cannot load {path}", expected="arrays of numbers", got=got) from error
         return cls(**{name: _tuples(value) for name, value in plain.items()}, **tensors)
 
 

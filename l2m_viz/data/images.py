@@ -52,8 +52,7 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Float[Te
 
     Raises:
         ImageError: no such file, not a readable picture, truncated, more than ``max_pixels`` pixels or
-        `MAX_BYTES`
-            bytes, or an array whose values or dtype are not those of a picture.
+            `MAX_BYTES` bytes, or an array whose values or dtype are not those of a picture.
         ShapeError: an array has other axes.
 
     >>> read_image(np.full((2, 3), 255, np.uint8)).shape
@@ -63,7 +62,8 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Float[Te
         name = "the array" if isinstance(source, np.ndarray) else "the tensor"
         _check_axes(tuple(source.shape), name)
         _check_size((source.shape[1], source.shape[0]), name, max_pixels)
-        return _rgb_from_array(_numpy_from_tensor(source) if isinstance(source, Tensor) else source, name)
+        array = _numpy_from_tensor(source) if isinstance(source, Tensor) else np.asarray(source)
+        return _rgb_from_array(array, name)
     if isinstance(source, PIL.Image.Image):
         name = f"the Pillow image of mode {source.mode}"
         array = _guarded(lambda: _array_from_pil(source, name, max_pixels), name)
@@ -74,9 +74,8 @@ def read_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Float[Te
         name, data = str(source), _read_file(source)
         array = _guarded(lambda: _array_from_bytes(data, name, max_pixels), name)
     else:
-        raise ImageError(
-            "image", expected="a path, bytes, a Pillow image or an array", got=type(source).__name__
-        )
+        expected = "a path, bytes, a Pillow image or an array"
+        raise ImageError("image", expected=expected, got=type(source).__name__)
     return _rgb_from_array(array, name)
 
 
@@ -91,9 +90,8 @@ def write_image(path: str | Path, image: Float[Tensor, "h w 3"]) -> None:
     formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
     kind = formats.get(path.suffix.lower())
     if kind is None:
-        raise ImageError(
-            f"cannot write {path}", expected="a name in .png, .jpg or .jpeg", got=repr(path.suffix)
-        )
+        expected = "a name in .png, .jpg or .jpeg"
+        raise ImageError(f"cannot write {path}", expected=expected, got=repr(path.suffix))
     picture = PIL.Image.fromarray(_uint8(image))
     with atomic_write(path) as file:
         picture.save(file, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
@@ -127,12 +125,8 @@ def resize_image(image: Float[Tensor, "h w 3"], hw: HW) -> Float[Tensor, "h2 w2 
     if tuple(image.shape[:2]) == tuple(hw):
         return image
     channels_first = image.permute(2, 0, 1)[None]  # [1 3 h w]
-    resized = F.interpolate(
-        channels_first, size=tuple(hw), mode="bilinear", align_corners=False, antialias=True
-    )
-    return (
-        resized[0].permute(1, 2, 0).clamp(0, 1).contiguous()
-    )  # weights add up to 1 only in exact arithmetic
+    resized = F.interpolate(channels_first, tuple(hw), mode="bilinear", align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).clamp(0, 1).contiguous()  # the weights add up to 1 but for rounding
 
 
 def fit_long_side(image: Float[Tensor, "h w 3"], long_side: int) -> Float[Tensor, "h2 w2 3"]:
@@ -180,9 +174,8 @@ def _read_file(path: str | Path) -> bytes:
     except FileNotFoundError as error:
         raise ImageError(f"no such file {path}", todo=todo) from error
     except PermissionError as error:
-        raise ImageError(
-            f"cannot open {path}", got="permission denied", todo="make the file readable"
-        ) from error
+        todo = "make the file readable"
+        raise ImageError(f"cannot open {path}", got="permission denied", todo=todo) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ImageError(f"cannot open {str(path)[:200]!r}", got=str(error)[:200], todo=todo) from error
     if stat.S_ISREG(mode):
@@ -214,9 +207,8 @@ def _array_from_bytes(data: bytes, name: str, max_pixels: int) -> np.ndarray:
         raise ImageError(f"{name} is too large", expected=f"at most {MAX_BYTES // 2**20} MiB", got=got)
     stream = _Bytes(data)
     image = _plugin(data, name)(stream)  # reads the header only
-    if isinstance(
-        image, TiffImageFile
-    ):  # a small TIFF may be stored in one huge tile, which is decoded whole
+    if isinstance(image, TiffImageFile):
+        # A tile is decoded whole, and that of a small picture may be huge: tags TileWidth, TileLength.
         tile_wh = image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)
         _check_size(tile_wh, f"a tile of {name}", max_pixels)
     _check_size(image.size, name, max_pixels)
@@ -269,8 +261,7 @@ def _array_from_pil(image: PIL.Image.Image, name: str, max_pixels: int, png: byt
     """Decode a Pillow image, upright, to the arrays that `_rgb_from_array` takes."""
     _check_size(image.size, name, max_pixels)
     image.load()
-    # After load(): TIFF is turned by Pillow itself while loading, and PNG may carry its EXIF behind the
-    # pixels.
+    # Orientation after load(): Pillow turns TIFF itself in there, and PNG may carry EXIF behind the pixels.
     return _upright(_keep_sixteen_bits(_array_from_loaded(image, name), png), _orientation(image))
 
 

@@ -1,11 +1,14 @@
 """Numba kernels of the CPU splatter: project, order by depth, bin into tiles, composite.
 
+The functions have no annotations: `no_type_check` keeps jaxtyping's test hook from wrapping what numba compiles.
+
 Same rules and constants as `l2m_viz.gaussians.reference`, where they are explained. What is different is the order of
 work: a Gaussian touches only the pixels of its own ellipse inside each tile, and each tile belongs to one thread, which
 writes straight into the output images. Nothing depends on the number of threads.
 """
 
 import math
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -24,6 +27,7 @@ _LOG2E, _LN2_HI, _LN2_LO = np.float32(1.44269504), np.float32(0.693359375), np.f
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@no_type_check
 def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, near, far, eps2d, screen, tiles):
     """Fill screen (N, 10) and tiles (N, 4), the tile range x0, y0, x1, y1 of each Gaussian (empty when not drawn)."""
     height, width = hw
@@ -89,6 +93,7 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
 
 
 @numba.njit(cache=True)
+@no_type_check
 def order_by_depth(screen, tiles):
     """Indices of the drawn Gaussians by depth, ties by index: stable radix sort of the floats' bits (all positive)."""
     n = screen.shape[0]
@@ -118,6 +123,7 @@ def order_by_depth(screen, tiles):
 
 
 @numba.njit(cache=True)
+@no_type_check
 def bin_into_tiles(order, tiles, columns, rows):
     """Lists of Gaussians for each tile, nearest first: return (start (tiles + 1), indices)."""
     start = np.zeros(columns * rows + 1, np.int64)
@@ -138,6 +144,7 @@ def bin_into_tiles(order, tiles, columns, rows):
 
 
 @numba.njit(inline="always", fastmath=_FAST)
+@no_type_check
 def _exp_negative(power):
     """exp(-power) for 0 <= power < 80 to about 2e-7 relative: 2^n times a polynomial (Cephes' expf)."""
     x = -power
@@ -154,6 +161,7 @@ def _exp_negative(power):
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@no_type_check
 def composite_tiles(start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance):
     """Blend front to back into color (H, W, 3), feature (H, W, D), depth (H, W); all zero, transmittance one, at entry.
 

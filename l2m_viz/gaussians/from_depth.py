@@ -16,9 +16,9 @@ from l2m_viz.lifting.depth import Depth, as_depth
 class PixelGaussiansCfg:
     """Shape of pixel-aligned Gaussians."""
 
-    # Standard deviation over the pixel's footprint on the surface. With the rasterizer's own 0.3 px^2 blur, 0.3 to 0.4
+    # Standard deviation over the pixel's footprint on the surface. With the rasterizer's own 0.3 px^2 blur, 0.25 to 0.4
     # is as sharp as the photo and still leaves no gaps at small camera moves; 0.6 blurs visibly.
-    footprint: float = 0.35
+    footprint: float = 0.3
     # Depth gained per pixel, over the pixel's width at that depth, beyond which a surface counts as seen edge-on.
     # Without a limit, one noisy depth makes a needle across the scene.
     max_slope: float = 4.0

@@ -1,4 +1,7 @@
-"""Pixels, cameras, projection, relative poses, and analytic scenes with exact answers. The conventions live here, once."""
+"""Pixels, cameras, projection, relative poses, and analytic scenes with exact answers.
+
+The conventions live here, once.
+"""
 
 from l2m_viz.geometry.cameras import (
     Camera as Camera,

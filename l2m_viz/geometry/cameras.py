@@ -34,7 +34,9 @@ class Camera:
             got = f"K {tuple(self.K.shape)} and w2c {tuple(self.w2c.shape)}"
             raise ShapeError("Camera", expected="K (3, 3) and w2c (4, 4)", got=got)
         if self.width < 1 or self.height < 1:
-            raise ShapeError("Camera image size", expected="at least 1x1 px", got=f"{self.width}x{self.height}")
+            raise ShapeError(
+                "Camera image size", expected="at least 1x1 px", got=f"{self.width}x{self.height}"
+            )
         if not (torch.isfinite(self.K).all() and torch.isfinite(self.w2c).all()):
             raise L2MError("Camera", expected="finite K and w2c", got="NaN or infinity")
         if self.K[0, 0] <= 0 or self.K[1, 1] <= 0:
@@ -91,7 +93,9 @@ def invert_pose(pose: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"
     return inverse
 
 
-def relative_pose(w2c_A: Float[Tensor, "*batch 4 4"], w2c_B: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
+def relative_pose(
+    w2c_A: Float[Tensor, "*batch 4 4"], w2c_B: Float[Tensor, "*batch 4 4"]
+) -> Float[Tensor, "*batch 4 4"]:
     """Return ``T_A_to_B`` = w2c_B @ c2w_A."""
     return w2c_B @ invert_pose(w2c_A)
 
@@ -166,7 +170,8 @@ def look_at(
         got = f"eye {eye.tolist()}, target {target.tolist()}, down {down.tolist()}"
         raise L2MError("look_at", expected="a view direction not parallel to `down`", got=got)
     forward, right = forward / forward.norm(), right / right.norm()
-    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])  # rows: camera axes in the world
+    # rows: camera axes in the world
+    rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
     return pose_from_rotation(rotation, -rotation @ eye)
 
 
@@ -200,7 +205,9 @@ def unproject_depth(depth: Float[Tensor, "h w"], K: Float[Tensor, "3 3"]) -> Flo
     return unproject(pixel_grid((height, width), device=depth.device, dtype=depth.dtype), depth, K)
 
 
-def ray_directions(points_px: Float[Tensor, "*batch 2"], K: Float[Tensor, "3 3"]) -> Float[Tensor, "*batch 3"]:
+def ray_directions(
+    points_px: Float[Tensor, "*batch 2"], K: Float[Tensor, "3 3"]
+) -> Float[Tensor, "*batch 3"]:
     """Return camera-frame ray directions of pixels, scaled to z = 1, so that depth is the ray's parameter."""
     ones = torch.ones_like(points_px[..., :1])
     return torch.cat([points_px, ones], dim=-1) @ torch.linalg.inv(K).T

@@ -6,7 +6,7 @@ Covisibility here never reads a depth map, so it can judge code that does.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +23,7 @@ from l2m_viz.geometry.pixels import inside_image, pixel_grid, to_normalized
 _HIT_TOL = 1e-4  # relative; a ray that ends on a surface point must not count that point as its own occluder
 
 
+@runtime_checkable
 class Surface(Protocol):
     """Anything that a ray can hit."""
 
@@ -33,7 +34,7 @@ class Surface(Protocol):
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane normal . X = distance in world coordinates, cut to a square of ``half_size`` about ``center`` if given."""
+    """The plane normal . X = distance in world coordinates, cut to a square of ``half_size`` about ``center``."""
 
     normal: tuple[float, float, float]
     distance: float
@@ -96,9 +97,7 @@ class AnalyticScene:
         phase = points @ points.new_tensor([[1.0, 0.3, 0.5], [0.4, 1.0, 0.2], [-0.5, 0.6, 1.0]]).T
         return (0.5 + 0.45 * torch.sin(phase * (2 * torch.pi / period))) * valid[..., None]
 
-    def warp(
-        self, camera_A: Camera, camera_B: Camera
-    ) -> tuple[Float[Tensor, "h w 2"], Bool[Tensor, "h w"]]:
+    def warp(self, camera_A: Camera, camera_B: Camera) -> tuple[Float[Tensor, "h w 2"], Bool[Tensor, "h w"]]:
         """Exact ``warp_A_to_B`` (normalised) and ``covisibility_A_to_B``."""
         points, valid = self.points(camera_A)
         points_px, depth_in_B = project(transform_points(camera_B.w2c, points), camera_B.K)
@@ -109,7 +108,8 @@ class AnalyticScene:
 
     def _rays(self, camera: Camera) -> Float[Tensor, "h w 3"]:
         grid = pixel_grid(camera.hw, dtype=camera.K.dtype)
-        return ray_directions(grid, camera.K) @ camera.w2c[:3, :3]  # R^T d: camera to world, z = 1 in the camera
+        # R^T d: camera to world, z = 1 in the camera
+        return ray_directions(grid, camera.K) @ camera.w2c[:3, :3]
 
 
 def fronto_parallel_plane(depth: float = 2.0) -> AnalyticScene:

@@ -1,5 +1,7 @@
 """Numba kernels of the mesh renderer: project the vertices, fill a z-buffer with triangle numbers, interpolate.
 
+`no_type_check` keeps the tests' jaxtyping hook from wrapping what numba compiles.
+
 The mesh has one vertex a pixel. Quad (y, x) has the corners a = (y, x), b = (y, x+1), c = (y+1, x), d = (y+1, x+1) and
 the triangles 2 q = (a, b, c) and 2 q + 1 = (b, d, c), q = y (W - 1) + x. Inverse depth is affine in screen space, so the
 z-buffer holds 1/z (0 = empty) and attributes are interpolated perspective-correctly, after the visible triangle of each
@@ -7,14 +9,18 @@ pixel is known: their number does not slow the rasterization down.
 """
 
 import math
+from typing import no_type_check
 
 import numba
 import numpy as np
 
-_EDGE_TOL = 1e-5  # px^2; two triangles that share an edge must both claim a pixel on it, or rounding opens cracks
+# Two triangles that share an edge must both claim a pixel on it, and the photo's own border pixels lie on the mesh's outline:
+# rounding must open neither. In px for the bounds, in px^2 (distance times edge length) for the edge functions.
+_TOL = 1e-3
 
 
 @numba.njit(parallel=True, cache=True)
+@no_type_check
 def project_vertices(points, valid, pose, K, near, screen, row_span):
     """Fill screen (H, W, 3) with (x px, y px, 1/z), 1/z = 0 where unusable, and row_span (H, 2) with min/max y px."""
     height, width = valid.shape
@@ -40,6 +46,7 @@ def project_vertices(points, valid, pose, K, near, screen, row_span):
 
 
 @numba.njit(inline="always")
+@no_type_check
 def _corners(triangle, width):
     quad = triangle >> 1
     y, x = quad // (width - 1), quad % (width - 1)
@@ -49,6 +56,7 @@ def _corners(triangle, width):
 
 
 @numba.njit(inline="always")
+@no_type_check
 def _fill(screen, triangle, first, last, inverse_depth, owner):
     """Rasterize one triangle into rows [first, last) of the z-buffer. Back faces write their depth, too."""
     y0, x0, y1, x1, y2, x2 = _corners(triangle, screen.shape[1])
@@ -59,32 +67,33 @@ def _fill(screen, triangle, first, last, inverse_depth, owner):
     bx, by = screen[y1, x1, 0], screen[y1, x1, 1]
     cx, cy = screen[y2, x2, 0], screen[y2, x2, 1]
     # a pixel's centre is at +0.5: rows whose centre lies in [min, max]
-    top = max(first, math.ceil(min(ay, by, cy) - 0.5))
-    bottom = min(last - 1, math.floor(max(ay, by, cy) - 0.5))
-    left = max(0, math.ceil(min(ax, bx, cx) - 0.5))
-    right = min(owner.shape[1] - 1, math.floor(max(ax, bx, cx) - 0.5))
+    top = max(first, math.ceil(min(ay, by, cy) - 0.5 - _TOL))
+    bottom = min(last - 1, math.floor(max(ay, by, cy) - 0.5 + _TOL))
+    left = max(0, math.ceil(min(ax, bx, cx) - 0.5 - _TOL))
+    right = min(owner.shape[1] - 1, math.floor(max(ax, bx, cx) - 0.5 + _TOL))
     if top > bottom or left > right:
         return
     area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
     if area == 0.0:
         return
     sign = 1.0 if area > 0 else -1.0
-    scale = 1.0 / area
     for y in range(top, bottom + 1):
         py = y + 0.5
         for x in range(left, right + 1):
             px = x + 0.5
-            e0 = (cx - bx) * (py - by) - (cy - by) * (px - bx)
-            e1 = (ax - cx) * (py - cy) - (ay - cy) * (px - cx)
-            e2 = (bx - ax) * (py - ay) - (by - ay) * (px - ax)
-            if e0 * sign >= -_EDGE_TOL and e1 * sign >= -_EDGE_TOL and e2 * sign >= -_EDGE_TOL:
-                inverse = (e0 * w0 + e1 * w1 + e2 * w2) * scale
+            e0 = sign * ((cx - bx) * (py - by) - (cy - by) * (px - bx))
+            e1 = sign * ((ax - cx) * (py - cy) - (ay - cy) * (px - cx))
+            e2 = sign * ((bx - ax) * (py - ay) - (by - ay) * (px - ax))
+            if e0 >= -_TOL and e1 >= -_TOL and e2 >= -_TOL:
+                e0, e1, e2 = max(0.0, e0), max(0.0, e1), max(0.0, e2)  # no extrapolation: slivers would fling depth
+                inverse = (e0 * w0 + e1 * w1 + e2 * w2) / (e0 + e1 + e2)
                 if inverse > inverse_depth[y, x]:
                     inverse_depth[y, x] = inverse
                     owner[y, x] = triangle if area > 0 else -2 - triangle  # a back face hides, but shows nothing
 
 
 @numba.njit(parallel=True, cache=True)
+@no_type_check
 def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
     """Fill inverse_depth (h, w) and owner (h, w): the front triangle's number, -1 empty, <= -2 seen from behind.
 
@@ -96,7 +105,7 @@ def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
     for band in numba.prange(bands):
         first, last = band * rows // bands, (band + 1) * rows // bands
         for y in range(height - 1):
-            if max(row_span[y, 1], row_span[y + 1, 1]) < first or min(row_span[y, 0], row_span[y + 1, 0]) > last:
+            if max(row_span[y, 1], row_span[y + 1, 1]) < first - 1 or min(row_span[y, 0], row_span[y + 1, 0]) > last + 1:
                 continue
             for x in range(width - 1):
                 quad = y * (width - 1) + x
@@ -107,6 +116,7 @@ def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
 
 
 @numba.njit(parallel=True, cache=True)
+@no_type_check
 def interpolate(screen, attributes, owner, out):
     """Fill out (h, w, C) with the attributes (H, W, C) of the visible front faces, perspective-correct."""
     rows, columns = owner.shape

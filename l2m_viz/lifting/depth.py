@@ -25,7 +25,10 @@ from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError
 from l2m_viz.geometry.pixels import HW
 from l2m_viz.lifting.prior import prior_disparity
 
-DEPTH_RANGE = (1e-3, 1e4)  # scene units; `depth_from_disparity` clips to it, the only epsilon of depth there is
+DEPTH_RANGE = (
+    1e-3,
+    1e4,
+)  # scene units; `depth_from_disparity` clips to it, the only epsilon of depth there is
 MAX_PIXELS = 2**26  # 67 megapixels; a larger depth file is refused before it is decoded
 
 _MAX_BYTES = 8 * MAX_PIXELS  # of a file, packed or unpacked
@@ -245,7 +248,7 @@ def _depth_from_raw(raw: np.ndarray, kind: str, scale: float, shift: float) -> D
     return Depth(torch.where(valid, depth, torch.ones_like(depth)), valid, "metric", "file")
 
 
-def _read_npy(file: IO[bytes], name: Path | str) -> np.ndarray:
+def _read_npy(file: IO[bytes] | zipfile.ZipExtFile, name: Path | str) -> np.ndarray:
     """Read one array after its header was found harmless: no pickle, two axes, not too large."""
     version = np.lib.format.read_magic(file)
     read_header = (

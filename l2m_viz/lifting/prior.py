@@ -159,16 +159,21 @@ def _sky(lab: np.ndarray) -> np.ndarray:
     if core.mean() < 0.05:
         return np.zeros_like(lightness)
     offset = lab - lab[core].mean(axis=0)
-    precision = np.linalg.inv(np.cov(lab[core].T) + 0.03**2 * np.eye(3))
+    precision = np.linalg.inv(np.cov(lab[core].T, bias=True) + 0.03**2 * np.eye(3))
     alike = np.einsum("hwi,ij,hwj->hw", offset, precision, offset) < 2.5**2
     mask = _touching(core | ((gradient < 0.05) & alike & (b < 0.1)), top=core)
     mask = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-    mask = area_closing(mask, mask.size // 200).astype(np.float32)
+    mask = _filled(mask, mask.size // 200).astype(np.float32)
     rows = (np.arange(len(mask), dtype=np.float32)[:, None] + 0.5) / len(mask)
     fade = ((0.95 - rows) / 0.25).clip(
         0, 1
     )  # what goes on to the bottom is water, snow or a backdrop: ground
     return cv2.GaussianBlur(mask * fade, (0, 0), 0.7)
+
+
+def _filled(values: np.ndarray, max_area: int) -> np.ndarray:
+    """Raise every pit of at most ``max_area`` pixels to its rim; a strip has no inside and no pits."""
+    return area_closing(values, max_area) if min(values.shape) > 2 else values
 
 
 def _touching(mask: np.ndarray, top: np.ndarray | None) -> np.ndarray:
@@ -239,7 +244,7 @@ def _relief(
     cues = cues + _WEIGHTS["subject"] * (0.3 + 0.7 * trust) * subject
     for scale in _SEGMENT_SCALES:
         segments = felzenszwalb(lab, scale=scale, sigma=0.6, min_size=max(1, ground.size // 800))
-        upright = _UPRIGHT * (1 - _flatness(segments, horizon)[segments])
+        upright = _UPRIGHT * (1 - _flatness(segments, horizon))[segments]
         foot = ground[_foot_rows(segments), 0][segments]
         foot = foot + trust * (parts > 0) * (part_foot - foot).clip(min=0)
         near += _WEIGHTS["ground"] * (ground + upright * (foot - ground))
@@ -248,9 +253,9 @@ def _relief(
 
 
 def _settled(near: np.ndarray) -> np.ndarray:
-    """Fill small far spots, smooth small steps, keep the large ones: marks on a surface are not cracks in it."""
+    """Fill small far spots, smooth small steps, keep large ones: marks on a surface are no cracks in it."""
     levels = np.round(near * 1000).astype(np.int32)
-    filled = np.maximum(near, area_closing(levels, near.size // 60).astype(np.float32) / 1000)
+    filled = np.maximum(near, _filled(levels, near.size // 60).astype(np.float32) / 1000)
     return cv2.bilateralFilter(filled, d=11, sigmaColor=0.08, sigmaSpace=4.0)
 
 
@@ -274,13 +279,14 @@ def _foot_rows(segments: np.ndarray) -> np.ndarray:
 
 
 def _flatness(segments: np.ndarray, horizon: float) -> np.ndarray:
-    """How much a segment looks like ground rather than something upright: low and wide."""
+    """How little a segment looks like one upright thing, in [0, 1]: low and wide, or much of the picture."""
     rows = _rows_and_columns(segments.shape)
     mean = _segment_means(segments, rows)
     spread = np.sqrt(_segment_means(segments, (rows - mean[segments]) ** 2))  # [n 2] of (y, x)
     low = ((mean[:, 0] - horizon) / 0.2).clip(0, 1)
     wide = (spread[:, 1] / (spread[:, 1] + 2 * spread[:, 0] + 1e-6) * 2 - 0.4).clip(0, 1)
-    return low * wide
+    share = np.bincount(segments.ravel()) / segments.size
+    return np.maximum(low * wide, (2 * share - 0.2).clip(0, 1))
 
 
 def _rows_and_columns(hw: HW) -> np.ndarray:

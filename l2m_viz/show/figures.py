@@ -48,10 +48,10 @@ def panels(*contents: Panel, columns: int = 3) -> Figure:
     aspect = max(panel.values.shape[0] / panel.values.shape[1] for panel in contents)
     height = _PANEL_INCHES * min(aspect, 2.0) + 0.45
     figure = Figure(figsize=(_PANEL_INCHES * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, contents, strict=False):
         _draw_panel(figure, axis, panel)
-    for axis in list(axes)[len(contents) :]:
+    for axis in axes[len(contents) :]:
         axis.set_axis_off()
     return figure
 

@@ -35,7 +35,7 @@ class Number:
     """One measured figure."""
 
     name: str
-    value: float | int | str
+    value: float | int
     unit: str = ""
     note: str = ""
 
@@ -87,7 +87,7 @@ def _section(section: Section) -> str:
 
 
 def _row(number: Number) -> str:
-    value = number.value if isinstance(number.value, str) else f"{number.value:,.4g}"
+    value = f"{number.value:,}" if isinstance(number.value, int) else f"{number.value:.4g}"
     cells = (f"<td>{html.escape(number.name)}</td><td class='number'>{html.escape(value)}</td>",
              f"<td>{html.escape(number.unit)}</td><td>{html.escape(number.note)}</td>")  # fmt: skip
     return f"<tr>{''.join(cells)}</tr>"

@@ -1,0 +1,9 @@
+"""The web app around `l2m_viz`: ``python -m app`` serves it on this machine only.
+
+Layout and wiring; everything that computes or draws comes from the core.
+"""
+
+import os
+
+# Before the first import of gradio, which reads it then: no telemetry, whatever the shell says.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

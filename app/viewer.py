@@ -1,0 +1,282 @@
+"""The 3D viewer, ``python -m app.viewer``: viser's fast splats beside what our own rasterizer really sees.
+
+Only the panel and its wiring; the scene is built by `l2m_viz.show.scene`. Every visitor has a scene, a panel and a
+drawing thread of their own, so that nobody's clicks change another one's view.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import viser
+
+from l2m_viz.data import load_sample, to_uint8
+from l2m_viz.demo import DemoCfg, feature_gaussians, photo_with_depth
+from l2m_viz.encoders import FeaturePCA
+from l2m_viz.errors import L2MError
+from l2m_viz.gaussians import Gaussians
+from l2m_viz.geometry import Camera
+from l2m_viz.lifting import Depth, lift, orbit_cameras
+from l2m_viz.show import scene as scenes
+from l2m_viz.show.scene import ColorMode, NovelView, Pictures, ViewerCamera, ViewerUnits
+
+_MODES: dict[str, ColorMode] = {"RGB": "rgb", "features (PCA)": "features", "depth": "depth"}
+_DRAFT_PX, _FULL_PX = 320, 640  # long side of our render while the camera moves, and when it stands
+_STILL_S = 0.3  # a camera that has not moved for this long stands
+
+
+@dataclass(frozen=True)
+class ViewerCfg:
+    """Settings of the viewer."""
+
+    # Address to listen on; the default is reachable from this machine only.
+    host: str = "127.0.0.1"
+    # Port; if it is taken, the next free one.
+    port: int = 8080
+    # Embedded sample to show when no photo is given.
+    sample: str = "motorcycle"
+    # A photo of your own.
+    image: Path | None = None
+    # Its depth (.npy, .npz, 16-bit .png, ...); without it the offline prior guesses.
+    depth: Path | None = None
+    # "disparity" if the depth file holds inverse depth up to scale and shift.
+    depth_kind: Literal["depth", "disparity"] = "depth"
+    # Factor on the numbers of the depth file, 0.001 for millimetres.
+    depth_scale: float = 1.0
+    # Larger photos are reduced to this long side in pixels.
+    max_side: int = 800
+    # Show at most this many splats in the browser, evenly thinned; fewer for a computer without a graphics card. Our own
+    # rasterizer always draws all of them.
+    max_splats: int = 400_000
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A lifted photo, ready for the viewer; the first of ``pictures`` is the photo itself."""
+
+    title: str
+    gaussians: Gaussians
+    pca: FeaturePCA
+    pictures: Pictures
+    length_unit: str
+
+    @property
+    def camera(self) -> Camera:
+        """The photo's own camera."""
+        return next(iter(self.pictures.values()))[0]
+
+
+def load(cfg: ViewerCfg) -> Shown:
+    """Read the photo, its depth and a second view: the real one of a stereo sample, else one of the lifted scene.
+
+    Raises:
+        L2MError: the photo, its depth or the sample cannot be read.
+    """
+    sample = None if cfg.image else load_sample(cfg.sample)
+    name = cfg.image.name if cfg.image else cfg.sample
+    if sample is not None and sample.depth_A is not None:
+        assert sample.image_B is not None and sample.valid_A is not None and sample.T_A_to_B is not None
+        assert sample.K_A is not None and sample.K_B is not None
+        image, image_B, K = sample.image_A, sample.image_B, sample.K_A
+        depth = Depth(sample.depth_A, sample.valid_A, "metric", "measured")
+        camera_B = Camera(sample.K_B, sample.T_A_to_B, width=image_B.shape[1], height=image_B.shape[0])
+        scene = lift(image, depth, K)
+    else:
+        settings = {"depth_kind": cfg.depth_kind, "depth_scale": cfg.depth_scale, "max_side": cfg.max_side}
+        image, depth, K = photo_with_depth(
+            DemoCfg(sample=cfg.sample, image=cfg.image, depth=cfg.depth, **settings)
+        )
+        scene = lift(image, depth, K)
+        camera_B = orbit_cameras(scene, 4, 2 * DemoCfg.orbit_radius)[1]
+        image_B = scene.render(camera_B).image
+    gaussians, pca = feature_gaussians(image, depth, K)
+    unit = "m" if depth.kind == "metric" else "(relative)"
+    near, far = (depth.depth[depth.valid_mask].quantile(q).item() for q in (0.0, 1.0))
+    title = f"**{name}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
+    return Shown(title, gaussians, pca, {"A": (scene.camera, image), "B": (camera_B, image_B)}, unit)
+
+
+class Painter(threading.Thread):
+    """Calls ``paint(long_side)`` when asked: small while questions keep coming, full size once they stop.
+
+    Questions that come during a paint are answered by one paint, of the newest state. An exception goes to ``complain``
+    and ends nothing.
+    """
+
+    def __init__(self, paint: Callable[[int], None], complain: Callable[[Exception], None]) -> None:
+        super().__init__(name="painter", daemon=True)
+        self._paint, self._complain = paint, complain
+        self._asked, self._stopped = threading.Event(), threading.Event()
+
+    def ask(self) -> None:
+        """Something has changed: paint."""
+        self._asked.set()
+
+    def stop(self) -> None:
+        """End the thread after the paint that is running."""
+        self._stopped.set()
+        self._asked.set()
+
+    def run(self) -> None:
+        """Paint until stopped."""
+        sharp = True
+        while True:
+            asked = self._asked.wait(None if sharp else _STILL_S)
+            if self._stopped.is_set():
+                return
+            self._asked.clear()
+            sharp = not asked
+            try:
+                self._paint(_DRAFT_PX if asked else _FULL_PX)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the visitor reads it and the server lives on)
+                self._complain(error)
+
+
+class Visitor:
+    """One browser: its scene, its panel, and the thread that draws for it."""
+
+    def __init__(self, client: viser.ClientHandle, shown: Shown, max_splats: int) -> None:
+        self.client, self.shown = client, shown
+        self.scene = scenes.build_scene(
+            client, shown.gaussians, pictures=shown.pictures, max_gaussians=max_splats
+        )
+        self._complaint = ""
+        self._painter = Painter(self._paint, self._complain)
+        self._add_display_controls()
+        self._add_render_panel()
+        for name, picture in self.scene.pictures.items():
+            picture.on_click(lambda _, name=name: self.go_to(name))
+        client.camera.on_update(lambda _: self._painter.ask())
+        self._painter.start()
+        self._painter.ask()
+
+    def leave(self) -> None:
+        """End the drawing thread."""
+        self._painter.stop()
+
+    def go_to(self, name: str) -> None:
+        """Put this visitor's camera where camera ``name`` is."""
+        camera = self.client.camera
+        there = self.shown.pictures[name][0]
+        stand = scenes.standpoint(there, self.shown.gaussians, self.scene.units, camera.aspect)
+        with self.client.atomic():
+            camera.up_direction = stand.up
+            camera.position = stand.position
+            camera.look_at = stand.look_at
+            camera.fov = stand.fov
+
+    def _add_display_controls(self) -> None:
+        gui = self.client.gui
+        gui.add_markdown(self.shown.title)
+        self._colors = gui.add_dropdown(
+            "Colours", tuple(_MODES), hint="Of the splats and of our rasterizer's view"
+        )
+        self._colors.on_update(lambda _: self._recolor())
+        size = gui.add_slider(
+            "Splat size", 1.0, 4.0, 0.2, scenes.DISPLAY_SIZE, hint="Times the true size; display only"
+        )
+        size.on_update(lambda _: self.scene.set_size(size.value))
+        frusta = gui.add_checkbox("Cameras", True, hint="Click a camera's picture to stand there")
+        frusta.on_update(lambda _: self.scene.show_frusta(frusta.value))
+        buttons = gui.add_button_group("Go to camera", tuple(self.shown.pictures))
+        buttons.on_click(lambda _: self.go_to(buttons.value))
+
+    def _add_render_panel(self) -> None:
+        gui = self.client.gui
+        with gui.add_folder("Our rasterizer, from this camera"):
+            blank = to_uint8(scenes.hatch(9 * 16, 14 * 16))
+            self._picture = gui.add_image(blank, format="jpeg", jpeg_quality=90)
+            self._numbers = gui.add_markdown("drawing ...")
+            self._large = gui.add_checkbox(
+                "In place of the splats", False, hint="Fills the main view with it"
+            )
+            self._large.on_update(lambda _: self._switch_view())
+
+    def _recolor(self) -> None:
+        mode = _MODES[self._colors.value]
+        shown = self.shown
+        self.scene.set_colors(scenes.gaussian_colors(shown.gaussians, mode, shown.pca, shown.camera))
+        self._painter.ask()
+
+    def _switch_view(self) -> None:
+        self.scene.show_gaussians(not self._large.value)
+        if not self._large.value:
+            self.client.scene.set_background_image(None)
+        self._painter.ask()
+
+    def _paint(self, long_side: int) -> None:
+        start = time.perf_counter()
+        camera = scenes.camera_from_viewer(ViewerCamera.of(self.client.camera), self.scene.units, long_side)
+        mode = _MODES[self._colors.value]
+        view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca)
+        milliseconds = 1000 * (time.perf_counter() - start)
+        image = to_uint8(view.image)
+        self._picture.image = image
+        if self._large.value:
+            self.client.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
+        self._numbers.content = _describe(view, camera, milliseconds, mode, self.shown.length_unit)
+        self._complaint = ""
+
+    def _complain(self, error: Exception) -> None:
+        """Tell the visitor, once for each kind of trouble."""
+        text = f"{type(error).__name__}: {error}"
+        if text != self._complaint:
+            self._complaint = text
+            self.client.add_notification("Our rasterizer failed", text, color="red")
+
+
+def _describe(view: NovelView, camera: Camera, milliseconds: float, mode: ColorMode, length_unit: str) -> str:
+    text = (
+        f"holes (striped) {view.hole_share:.1%}, {camera.width} × {camera.height} px, {milliseconds:.0f} ms"
+    )
+    if mode == "depth":
+        near, far = view.depth_limits
+        text += (
+            f"\n\ndepth {near:.2f} {length_unit} (red) to {far:.2f} {length_unit} (blue), from this camera"
+        )
+    return text
+
+
+def serve(cfg: ViewerCfg, shown: Shown) -> None:
+    """Serve until interrupted."""
+    visitors: dict[int, Visitor] = {}
+    with scenes.viser_server(cfg.host, cfg.port) as server:
+        units = ViewerUnits.fit(shown.gaussians, shown.camera)
+        server.scene.set_up_direction("-y")
+        scenes.start_at(server.initial_camera, shown.camera, shown.gaussians, units)
+
+        @server.on_client_connect
+        def _(client: viser.ClientHandle) -> None:
+            visitors[client.client_id] = Visitor(client, shown, cfg.max_splats)
+
+        @server.on_client_disconnect
+        def _(client: viser.ClientHandle) -> None:
+            if (visitor := visitors.pop(client.client_id, None)) is not None:
+                visitor.leave()
+
+        moved = "" if server.get_port() == cfg.port else f" (port {cfg.port} is taken)"
+        print(f"viewer: http://{cfg.host}:{server.get_port()}{moved}, Ctrl-C ends it", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("viewer stopped")
+        for visitor in visitors.values():
+            visitor.leave()
+
+
+def main() -> None:
+    """Entry of ``python -m app.viewer``."""
+    cfg = tyro.cli(ViewerCfg, prog="python -m app.viewer", description="Look at a lifted photo in 3D.")
+    try:
+        serve(cfg, load(cfg))
+    except L2MError as error:
+        sys.exit(f"viewer: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,539 @@
+"""Gaussians, cameras and pictures as a viser scene: what notebooks, the viewer and the app show in 3D.
+
+The browser's splats are for looking around, never for measuring: `display_covariances` makes them larger than they are.
+`novel_view` draws what they really are, with this package's own rasterizer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from l2m_viz.data import fit_long_side, to_uint8
+from l2m_viz.encoders import FeaturePCA
+from l2m_viz.errors import L2MError, MissingError
+from l2m_viz.gaussians import Gaussians, rasterize
+from l2m_viz.geometry import (
+    Camera,
+    invert_pose,
+    look_at,
+    pose_from_rotation,
+    project,
+    quat_from_rotation,
+    rotation_from_quat,
+    transform_points,
+)
+from l2m_viz.show.colors import colorize, value_limits
+
+if TYPE_CHECKING:
+    import viser
+
+ColorMode = Literal["rgb", "features", "depth"]
+Pictures = Mapping[str, tuple[Camera, Float[Tensor, "h w 3"]]]
+"""Name of a camera, the camera, and what it sees."""
+
+# viser keeps covariances as float16: below this standard deviation they lose precision, at 1e-4 they are zero.
+SIGMA_MIN, SIGMA_MAX = 0.008, 250.0
+HOLE_ALPHA = 0.5  # a splatted pixel with less accumulated opacity than this counts as a hole
+DISPLAY_SIZE = 1.6  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
+_UNIT = 4.0  # viewer units from the camera to the nearest things: keyboard steps and clipping planes fit this size
+_FRUSTUM_DEPTH = 0.1  # of the distance to the nearest things
+_POINT_SIZE = 1e-6  # viewer units; the browser draws no point smaller than one pixel
+_FRUSTUM_COLORS = ((230, 120, 20), (40, 110, 220), (40, 160, 80), (170, 60, 170))
+_THUMBNAIL_PX = 400
+_WINDOW_ASPECT = 1.4  # width over height of a browser window, before it is known
+_HATCH_PX = 6
+_HATCH_COLORS = ((0.85, 0.0, 0.75), (0.35, 0.35, 0.35))  # magenta and grey: hardly any photo has them in stripes
+
+
+@dataclass(frozen=True)
+class ViewerUnits:
+    """The one transform between the scene's units and the viewer's: lengths grow, axes and origin stay.
+
+    Attributes:
+        per_scene_unit: Viewer units in one unit of the scene; puts the nearest things at a handy distance.
+        storage: Further factor of the splats' own node, undone by the node's scale; keeps float16 covariances precise.
+    """
+
+    per_scene_unit: float
+    storage: float = 1.0
+
+    @classmethod
+    def fit(cls, gaussians: Gaussians, camera: Camera) -> Self:
+        """Choose both factors for what a camera sees."""
+        depth = transform_points(camera.w2c, gaussians.means)[:, 2]
+        per_scene_unit = _UNIT / _percentile(depth[depth > 0], 2) if (depth > 0).any() else 1.0
+        sigmas = gaussians.scales.sort(dim=1).values * per_scene_unit
+        # The thin axis may be rounded up (it is seen edge-on at most), the two others must not be.
+        storage = max(1.0, 1.25 * SIGMA_MIN / _percentile(sigmas[:, 1], 1))
+        return cls(per_scene_unit, min(storage, SIGMA_MAX / _percentile(sigmas[:, 2], 99.9)))
+
+
+class _ViserCamera(Protocol):
+    """Viser's `CameraHandle`, as far as it is read here."""
+
+    @property
+    def wxyz(self) -> np.ndarray: ...
+    @property
+    def position(self) -> np.ndarray: ...
+    @property
+    def fov(self) -> float: ...
+    @property
+    def aspect(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class ViewerCamera:
+    """A camera in viser's words: camera-to-world pose in viewer units, principal point at the frame's centre.
+
+    Attributes:
+        wxyz: Rotation from camera to world, OpenCV axes.
+        position: Optical centre.
+        fov: Vertical field of view in radians.
+        aspect: Width over height of the frame.
+    """
+
+    wxyz: tuple[float, float, float, float]
+    position: tuple[float, float, float]
+    fov: float
+    aspect: float
+
+    @classmethod
+    def of(cls, camera: _ViserCamera) -> Self:
+        """What a visitor's camera says now."""
+        w, i, j, k = map(float, camera.wxyz)
+        x, y, z = map(float, camera.position)
+        return cls((w, i, j, k), (x, y, z), float(camera.fov), float(camera.aspect))
+
+
+def viewer_from_camera(camera: Camera, units: ViewerUnits) -> ViewerCamera:
+    """Describe a camera in viser's words; a principal point off the centre is lost (see `fov_covering`)."""
+    c2w = invert_pose(camera.w2c.double())
+    w, i, j, k = quat_from_rotation(c2w[:3, :3]).tolist()
+    x, y, z = (c2w[:3, 3] * units.per_scene_unit).tolist()
+    aspect = (camera.width / camera.K[0, 0]) / (camera.height / camera.K[1, 1])
+    return ViewerCamera((w, i, j, k), (x, y, z), camera.fov_y, aspect.item())
+
+
+def camera_from_viewer(view: ViewerCamera, units: ViewerUnits, long_side: int = 640) -> Camera:
+    """Camera that sees exactly the visitor's frame, ``long_side`` px along its longer side.
+
+    Where the aspect is not a ratio of whole pixels, fx differs from fy by the rounding, so that the frame stays the same.
+    """
+    width = long_side if view.aspect >= 1 else max(1, round(long_side * view.aspect))
+    height = long_side if view.aspect < 1 else max(1, round(long_side / view.aspect))
+    tangent = math.tan(view.fov / 2)
+    fx, fy = width / (2 * tangent * view.aspect), height / (2 * tangent)
+    K = torch.tensor([[fx, 0.0, width / 2], [0.0, fy, height / 2], [0.0, 0.0, 1.0]])
+    center = torch.tensor(view.position, dtype=torch.float64) / units.per_scene_unit
+    c2w = pose_from_rotation(rotation_from_quat(torch.tensor(view.wxyz, dtype=torch.float64)), center)
+    return Camera(K, invert_pose(c2w).float(), width=width, height=height)
+
+
+def fov_covering(camera: Camera, aspect: float) -> float:
+    """Vertical field of view (rad) with which a centred frame of this aspect shows the camera's whole image."""
+    (fx, _, cx), (_, fy, cy), _ = camera.K.tolist()
+    tan_x, tan_y = max(cx, camera.width - cx) / fx, max(cy, camera.height - cy) / fy
+    return 2 * math.atan(max(tan_y, tan_x / aspect))
+
+
+@dataclass(frozen=True)
+class Standpoint:
+    """Where a visitor stands to look through a camera: vectors in viewer units, ``fov`` in radians."""
+
+    position: np.ndarray
+    look_at: np.ndarray
+    up: np.ndarray
+    fov: float
+
+
+def standpoint(camera: Camera, gaussians: Gaussians, units: ViewerUnits, aspect: float) -> Standpoint:
+    """Stand at a camera, see its whole image, and turn about what is in the middle of the depth it sees."""
+    c2w = camera.c2w
+    depth = transform_points(camera.w2c, gaussians.means)[:, 2]
+    distance = _percentile(depth[depth > 0], 50) if (depth > 0).any() else 1.0
+    position, target = (units.per_scene_unit * v for v in (c2w[:3, 3], c2w[:3, 3] + distance * c2w[:3, 2]))
+    return Standpoint(_float64(position), _float64(target), _float64(-c2w[:3, 1]), fov_covering(camera, aspect))
+
+
+def gaussian_colors(
+    gaussians: Gaussians, mode: ColorMode, pca: FeaturePCA | None = None, camera: Camera | None = None
+) -> Float[Tensor, "n 3"]:
+    """Colour of each Gaussian: its own RGB, its features in a PCA basis, or its depth (turbo, near is red).
+
+    Args:
+        gaussians: What to colour.
+        mode: "rgb", "features" or "depth".
+        pca: Basis of the features, which are descriptors or already coordinates in it; fitted on them if None.
+        camera: Whose depth; the world's z if None.
+
+    Raises:
+        MissingError: features asked of Gaussians that have none.
+        L2MError: an unknown mode.
+    """
+    if mode == "rgb":
+        return gaussians.colors.clamp(0, 1)
+    if mode == "depth":
+        depth = gaussians.means[:, 2] if camera is None else transform_points(camera.w2c, gaussians.means)[:, 2]
+        return colorize(depth[:, None], "depth")[:, 0]
+    if mode != "features":
+        raise L2MError("colours", expected="'rgb', 'features' or 'depth'", got=repr(mode))
+    if gaussians.features is None:
+        raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
+    return _feature_colors(gaussians.features, pca)
+
+
+def display_covariances(gaussians: Gaussians, units: ViewerUnits, size: float = 1.0) -> Float[Tensor, "n 3 3"]:
+    """Covariances for the browser, in stored units: enlarged by ``size`` and kept where float16 is precise."""
+    sigmas = gaussians.scales * (size * units.per_scene_unit * units.storage)
+    return replace(gaussians, log_scales=sigmas.clamp(SIGMA_MIN, SIGMA_MAX).log()).covars
+
+
+def thin_evenly(means: Float[Tensor, "n 3"], camera: Camera, num: int) -> Int[Tensor, " m"]:
+    """Indices of at most ``num`` points that still cover what the camera sees: one in each cell of a grid.
+
+    Cells are squares of the camera's picture, and 5 % of depth deep, so that what lies behind an edge is kept.
+    """
+    if len(means) <= num:
+        return torch.arange(len(means))
+    points_px, depth = project(transform_points(camera.w2c, means), camera.K)
+    layer = (depth.abs().clamp(min=1e-9).log() / math.log(1.05)).floor().long() * 2 + (depth > 0)
+    step = math.sqrt(len(means) / num)  # px
+    while True:
+        square = (points_px / step).clamp(-1e5, 1e5).floor()
+        column, row = square.long().unbind(dim=1)
+        key, index = torch.unique((column << 42) + (row << 21) + layer, return_inverse=True)
+        if len(key) <= num:
+            break
+        step *= 1.01 * math.sqrt(len(key) / num)
+    off_center = (points_px / step - square - 0.5).square().sum(dim=1)
+    by_cell = off_center.argsort()
+    by_cell = by_cell[index[by_cell].argsort(stable=True)]  # cell by cell, the most central point first
+    first = torch.ones(len(by_cell), dtype=torch.bool)
+    first[1:] = index[by_cell].diff() > 0
+    return by_cell[first].sort().values
+
+
+@dataclass(frozen=True)
+class NovelView:
+    """What this package's rasterizer sees from a camera.
+
+    Attributes:
+        image: RGB for the screen: colour, feature colours or depth colours; stripes where there is a hole.
+        depth: z in scene units, meaningful outside the holes.
+        hole_mask: True where the accumulated opacity is under `HOLE_ALPHA`.
+        depth_limits: Depths (scene units) of the ends of the colour map.
+    """
+
+    image: Float[Tensor, "h w 3"]
+    depth: Float[Tensor, "h w"]
+    hole_mask: Bool[Tensor, "h w"]
+    depth_limits: tuple[float, float]
+
+    @property
+    def hole_share(self) -> float:
+        """Holes over all pixels, 0 to 1."""
+        return self.hole_mask.float().mean().item()
+
+
+def novel_view(
+    gaussians: Gaussians, camera: Camera, mode: ColorMode = "rgb", pca: FeaturePCA | None = None
+) -> NovelView:
+    """Rasterize Gaussians, colour the result by mode, and draw its holes as magenta and grey stripes.
+
+    Raises:
+        MissingError: features asked of Gaussians that have none.
+    """
+    features = gaussians.features if mode == "features" else None
+    if mode == "features" and features is None:
+        raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
+    if features is not None and not _is_raw(features, pca):
+        features = features[:, :3].contiguous()  # the others have no colour
+    render = rasterize(replace(gaussians, features=features), camera)
+    hole = render.alpha < HOLE_ALPHA
+    limits = value_limits(render.depth, "depth", ~hole)
+    if mode == "depth":
+        image = colorize(render.depth, "depth", ~hole, limits)
+    elif render.features is not None:
+        image = _feature_colors(render.features, pca)
+    else:
+        image = render.color.clamp(0, 1)
+    return NovelView(torch.where(hole[..., None], hatch(*camera.hw), image), render.depth, hole, limits)
+
+
+def hatch(height: int, width: int) -> Float[Tensor, "{height} {width} 3"]:
+    """Diagonal stripes that mean "nothing is known here"."""
+    diagonal = (torch.arange(height)[:, None] + torch.arange(width)) // _HATCH_PX % 2
+    return torch.tensor(_HATCH_COLORS)[diagonal]
+
+
+class SceneHandle:
+    """What `build_scene` put into a viewer, to recolour, resize and hide it."""
+
+    def __init__(
+        self,
+        scene: "viser.SceneApi",
+        gaussians: Gaussians,
+        units: ViewerUnits,
+        colors: Float[Tensor, "n 3"],
+        size: float,
+        kept: Int[Tensor, " m"],
+    ) -> None:
+        self._kept = kept
+        self._gaussians, self.units = gaussians.select(self._kept), units
+        self._spread = math.sqrt(len(gaussians) / len(self._kept))
+        gaussians, rgb = self._gaussians, _uint8(colors[self._kept])
+        self.frusta: dict[str, viser.FrameHandle] = {}
+        self.pictures: dict[str, viser.ImageHandle] = {}
+        self._splats = scene.add_gaussian_splats(
+            "/gaussians/splats",
+            centers=_float32(gaussians.means * (units.per_scene_unit * units.storage)),
+            covariances=_float32(display_covariances(gaussians, units, size * self._spread)),
+            rgbs=rgb,
+            opacities=_float32(gaussians.opacities[:, None]),
+            scale=1 / units.storage,
+        )
+        # viser drops a splat when it gets smaller than about half a pixel: the scene would fade away as one steps back.
+        # A point never gets smaller than one pixel, so behind each splat waits a point of its colour.
+        self._points = scene.add_point_cloud(
+            "/gaussians/points",
+            points=_float32(gaussians.means * units.per_scene_unit),
+            colors=rgb,
+            point_size=_POINT_SIZE,
+            point_shading="flat",
+            precision="float32",
+        )
+
+    def set_colors(self, rgb: Float[Tensor, "n 3"]) -> None:
+        """Recolour the scene: one RGB for each Gaussian that `build_scene` was given."""
+        self._splats.rgbs = self._points.colors = _uint8(rgb[self._kept])
+
+    def set_size(self, size: float) -> None:
+        """Set the display size of the splats, times their true scale."""
+        covariances = display_covariances(self._gaussians, self.units, size * self._spread)
+        self._splats.covariances = _float32(covariances)
+
+    def show_gaussians(self, visible: bool) -> None:
+        """Show or hide the splats."""
+        self._splats.visible = self._points.visible = visible
+
+    def show_frusta(self, visible: bool) -> None:
+        """Show or hide the cameras."""
+        for frustum in self.frusta.values():
+            frustum.visible = visible
+
+
+def build_scene(
+    target: "viser.ViserServer | viser.ClientHandle",
+    gaussians: Gaussians,
+    *,
+    colors: ColorMode | Float[Tensor, "n 3"] = "rgb",
+    pictures: Pictures | None = None,
+    pca: FeaturePCA | None = None,
+    size: float = DISPLAY_SIZE,
+    max_gaussians: int = 1_000_000,
+) -> SceneHandle:
+    """Put Gaussians and camera frusta with their pictures into a viewer.
+
+    Args:
+        target: A server (all visitors see the scene, and start at the first camera) or one visitor.
+        gaussians: What to show.
+        colors: A colour mode, or one RGB in [0, 1] a Gaussian.
+        pictures: Cameras to draw, with what they see; the first is where visitors start.
+        pca: Basis of the features for the colour mode "features".
+        size: Display size of the splats, times their true scale.
+        max_gaussians: More than this are thinned evenly, and then drawn larger so that no gaps open.
+    """
+    pictures = pictures or {}
+    camera = first_camera(gaussians, pictures)
+    units = ViewerUnits.fit(gaussians, camera)
+    if (start := getattr(target, "initial_camera", None)) is not None:
+        start_at(start, camera, gaussians, units)
+        target.scene.set_up_direction("-y")
+    rgb = gaussian_colors(gaussians, colors, pca, camera) if isinstance(colors, str) else colors
+    kept = thin_evenly(gaussians.means, camera, max_gaussians)
+    handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept)
+    depth = _FRUSTUM_DEPTH * _UNIT
+    for index, (name, (view, image)) in enumerate(pictures.items()):
+        color = _FRUSTUM_COLORS[index % len(_FRUSTUM_COLORS)]
+        handle.frusta[name], handle.pictures[name] = _add_frustum(target.scene, name, view, image, units, depth, color)
+    return handle
+
+
+def start_at(
+    initial_camera: "viser.InitialCameraConfig", camera: Camera, gaussians: Gaussians, units: ViewerUnits
+) -> None:
+    """Let every visitor begin, and begin again with "Reset View", at a camera."""
+    stand = standpoint(camera, gaussians, units, _WINDOW_ASPECT)
+    initial_camera.position, initial_camera.look_at = stand.position, stand.look_at
+    initial_camera.up, initial_camera.fov = stand.up, stand.fov
+    # Who stands in a camera must see past its frustum: the near plane cuts it away. (It must stay under 1 unit, where
+    # viser puts its background image.)
+    initial_camera.near, initial_camera.far = 1.2 * _FRUSTUM_DEPTH * _UNIT, 1000 * _UNIT
+
+
+def first_camera(gaussians: Gaussians, pictures: Pictures) -> Camera:
+    """The first picture's camera; without pictures, one at the origin if all lies before it, else one outside."""
+    if pictures:
+        return next(iter(pictures.values()))[0]
+    z = gaussians.means[:, 2]
+    w2c = torch.eye(4)
+    if _percentile(z, 2) <= 0:
+        center = gaussians.means.median(dim=0).values
+        radius = max(_percentile((gaussians.means - center).norm(dim=1), 95), 1e-6)
+        w2c = look_at(center - torch.tensor([0.0, 0.0, 3 * radius]), center)
+    points = transform_points(w2c, gaussians.means)
+    slopes = (points[:, :2] / points[:, 2:]).abs()[points[:, 2] > 0]
+    tan_x, tan_y = (min(max(_percentile(slope, 99), 0.05), 2.0) for slope in slopes.unbind(dim=1))
+    K = torch.tensor([[320 / tan_x, 0.0, 320.0], [0.0, 240 / tan_y, 240.0], [0.0, 0.0, 1.0]])
+    return Camera(K, w2c, width=640, height=480)
+
+
+def show_scene(
+    gaussians: Gaussians,
+    *,
+    pictures: Pictures | None = None,
+    colors: ColorMode | Float[Tensor, "n 3"] = "rgb",
+    pca: FeaturePCA | None = None,
+    height: int = 400,
+    max_gaussians: int = 40_000,
+) -> None:
+    """Show a scene inside the notebook, to turn with the mouse; it stays in the saved notebook and needs no server.
+
+    At most ``max_gaussians`` are shown, evenly thinned, and then drawn larger so that no gaps open: the page grows by
+    about 70 bytes a Gaussian. Outside a notebook a web browser opens instead.
+
+    Args:
+        gaussians: What to show.
+        pictures: {name: (camera, image)}: cameras to draw; the view starts at the first.
+        colors: "rgb", "features", "depth", or one RGB in [0, 1] a Gaussian.
+        pca: Basis of the features for the colour mode "features".
+        height: Height of the frame in pixels.
+        max_gaussians: Largest number of Gaussians to show.
+    """
+    with _still_scene(gaussians, pictures, colors, pca, max_gaussians) as server:
+        server.scene.show(height=height)
+
+
+def scene_html(
+    gaussians: Gaussians,
+    *,
+    pictures: Pictures | None = None,
+    colors: ColorMode | Float[Tensor, "n 3"] = "rgb",
+    pca: FeaturePCA | None = None,
+    max_gaussians: int = 40_000,
+) -> str:
+    """The scene of `show_scene` as one self-contained HTML page."""
+    with _still_scene(gaussians, pictures, colors, pca, max_gaussians) as server:
+        return server.scene.as_html()
+
+
+@contextmanager
+def viser_server(host: str = "127.0.0.1", port: int = 0) -> Iterator["viser.ViserServer"]:
+    """A viser server that prints nothing, offers no share link, and is stopped at the end; port 0 is any free one.
+
+    Raises:
+        MissingError: viser is not installed.
+    """
+    try:
+        import rich
+        import viser
+    except ImportError as error:
+        raise MissingError("3D scenes need viser", todo='run `pip install "l2m-viz[app]"`') from error
+    console = rich.get_console()  # viser greets and says goodbye through it, whatever `verbose` says
+    was_quiet = console.quiet
+    console.quiet = True
+    try:
+        server = viser.ViserServer(host=host, port=port, verbose=False)
+    finally:
+        console.quiet = was_quiet
+    try:
+        server.gui.configure_theme(show_share_button=False, show_logo=False, control_width="large")
+        yield server
+    finally:
+        console.quiet = True
+        server.stop()
+        console.quiet = was_quiet
+
+
+@contextmanager
+def _still_scene(
+    gaussians: Gaussians,
+    pictures: Pictures | None,
+    colors: ColorMode | Float[Tensor, "n 3"],
+    pca: FeaturePCA | None,
+    max_gaussians: int,
+) -> Iterator["viser.ViserServer"]:
+    """A server that holds a thinned scene, for as long as it takes to write it down."""
+    with viser_server() as server:
+        build_scene(server, gaussians, colors=colors, pictures=pictures, pca=pca, max_gaussians=max_gaussians)
+        yield server
+
+
+def _add_frustum(
+    scene: "viser.SceneApi",
+    name: str,
+    camera: Camera,
+    image: Float[Tensor, "h w 3"],
+    units: ViewerUnits,
+    depth: float,
+    color: tuple[int, int, int],
+) -> "tuple[viser.FrameHandle, viser.ImageHandle]":
+    """Edges, picture and name of a camera at ``depth`` viewer units before it.
+
+    viser's own frustum has its axis in the middle, a real camera's need not be: the motorcycle's is 59 px beside it.
+    """
+    pose = viewer_from_camera(camera, units)
+    (fx, _, cx), (_, fy, cy), _ = camera.K.tolist()
+    width, height = camera.width * depth / fx, camera.height * depth / fy
+    left, top = -cx * depth / fx, -cy * depth / fy
+    corners = np.array([[left + i * width, top + j * height, depth] for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))])
+    rim = np.stack([corners, np.roll(corners, -1, axis=0)], axis=1)  # [4 2 3]
+    spokes = np.stack([np.zeros_like(corners), corners], axis=1)
+    frame = scene.add_frame(f"/cameras/{name}", show_axes=False, wxyz=pose.wxyz, position=pose.position)
+    scene.add_line_segments(
+        f"/cameras/{name}/edges", np.concatenate([rim, spokes]).astype(np.float32), color, thickness=depth / 60
+    )
+    picture = scene.add_image(
+        f"/cameras/{name}/picture",
+        to_uint8(fit_long_side(image, _THUMBNAIL_PX)),
+        width,
+        height,
+        position=(left + width / 2, top + height / 2, depth),
+        cast_shadow=False,
+        receive_shadow=False,
+    )
+    scene.add_label(f"/cameras/{name}/name", name, position=(left + width / 2, top, depth), anchor="bottom-center")
+    return frame, picture
+
+
+def _is_raw(features: Tensor, pca: FeaturePCA | None) -> bool:
+    """Whether features are descriptors, not yet coordinates in the basis."""
+    return pca is None or (features.shape[-1] == len(pca.mean) != len(pca.components))
+
+
+def _feature_colors(features: Float[Tensor, "*n d"], pca: FeaturePCA | None) -> Float[Tensor, "*n 3"]:
+    basis = pca or FeaturePCA.fit(features, 3)
+    return basis.colors(basis.project(features) if _is_raw(features, pca) else features)
+
+
+def _percentile(values: Float[Tensor, " n"], percent: float) -> float:
+    return float(np.percentile(values.detach().numpy(), percent))
+
+
+def _uint8(rgb: Float[Tensor, "n 3"]) -> np.ndarray:
+    return (rgb.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def _float32(values: Tensor) -> np.ndarray:
+    return values.detach().numpy().astype(np.float32)
+
+
+def _float64(values: Tensor) -> np.ndarray:
+    return values.detach().numpy().astype(np.float64)

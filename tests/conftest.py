@@ -1,0 +1,24 @@
+"""What every test process needs before anything else is imported.
+
+Never import l2m_viz here at the top level: jaxtyping's hook instruments modules when they are first imported, and a
+module that is already there stays unchecked.
+"""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no window, no display needed
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # tests talk to nobody
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest  # noqa: E402 (after the environment is set)
+
+
+@pytest.fixture
+def unchecked():
+    """Switch jaxtyping's shape checks off, as in a user's process, so that our own error messages are what is tested."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

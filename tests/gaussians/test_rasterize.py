@@ -1,0 +1,184 @@
+"""The reference splatter against closed forms, the CPU backend against the reference."""
+
+import math
+
+import pytest
+import torch
+
+from l2m_viz.errors import L2MError, ShapeError
+from l2m_viz.gaussians import Gaussians, rasterize
+from l2m_viz.geometry import Camera, intrinsics, look_at
+
+HW = (37, 53)
+BACKENDS = ["reference", "cpu"]
+FIELDS = ["color", "features", "depth", "alpha"]
+
+
+def _camera(hw=HW, eye=(0.0, 0.0, 0.0)) -> Camera:
+    w2c = look_at(torch.tensor(eye), torch.tensor([0.0, 0.0, 4.0]))
+    return Camera(intrinsics(48.0, hw), w2c, width=hw[1], height=hw[0])
+
+
+def _gaussians(means, scales, opacities, colors=None, quats=None, features=None) -> Gaussians:
+    n = len(means)
+    return Gaussians.from_activated(
+        torch.as_tensor(means, dtype=torch.float32),
+        torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(n, 1) if quats is None else quats,
+        torch.as_tensor(scales, dtype=torch.float32),
+        torch.as_tensor(opacities, dtype=torch.float32),
+        torch.ones(n, 3) if colors is None else torch.as_tensor(colors, dtype=torch.float32),
+        features,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_gaussian_is_a_gaussian_of_the_pixel(backend):
+    sigma, depth, opacity = 0.2, 3.0, 0.6
+    render = rasterize(_gaussians([[0, 0, depth]], [[sigma] * 3], [opacity]), _camera(), backend=backend)
+    variance = (48.0 * sigma / depth) ** 2 + 0.3  # projected, plus the low-pass filter
+    y, x = torch.meshgrid(torch.arange(HW[0]) + 0.5, torch.arange(HW[1]) + 0.5, indexing="ij")
+    power = ((x - HW[1] / 2) ** 2 + (y - HW[0] / 2) ** 2) / (2 * variance)
+    expected = opacity * torch.exp(-power)
+    expected = torch.where(expected >= 1 / 255, expected, 0.0)
+    torch.testing.assert_close(render.alpha, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(render.color[..., 1], expected, atol=2e-6, rtol=0)
+    assert render.depth[render.alpha > 0].sub(depth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_wide_layers_blend_front_to_back_over_the_background(backend):
+    far_first = _gaussians(
+        [[0, 0, 5.0], [0, 0, 2.0]], [[1e3] * 3] * 2, [0.5, 0.25], colors=[[0, 1, 0], [1, 0, 0]]
+    )
+    background = torch.tensor([0.0, 0.0, 1.0])
+    render = rasterize(far_first, _camera(), backend=backend, background=background)
+    torch.testing.assert_close(render.color[20, 30], torch.tensor([0.25, 0.75 * 0.5, 0.75 * 0.5]), atol=1e-3, rtol=0)
+    assert render.depth[20, 30].item() == pytest.approx((0.25 * 2 + 0.375 * 5) / 0.625, abs=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alpha_is_capped_and_the_last_gaussian_is_not_drawn(backend):
+    # opacity 1 is capped to 0.999: T = 1e-3 after one layer; the second would bring it to 1e-6 and ends the pixel
+    layers = _gaussians([[0, 0, 2.0], [0, 0, 3.0]], [[1e3] * 3] * 2, [1.0, 1.0], colors=[[1, 0, 0], [0, 1, 0]])
+    render = rasterize(layers, _camera(), backend=backend)
+    assert render.alpha[18, 26].item() == pytest.approx(0.999, abs=1e-6)
+    assert render.color[18, 26].tolist() == pytest.approx([0.999, 0.0, 0.0], abs=1e-6)
+
+
+def _hard_scene(seed: int, n: int = 300) -> Gaussians:
+    """Random scene with every corner case: behind, beside, sub-pixel, huge, opaque, faint, depth ties."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(n, 3, generator=generator) * torch.tensor([2.0, 1.5, 1.5]) + torch.tensor([0.0, 0.0, 3.0])
+    scales = torch.exp(torch.randn(n, 3, generator=generator) * 1.3 - 3)
+    opacities = torch.rand(n, generator=generator)
+    means[:20, 2] = 3.0  # ties
+    means[20:30, 2] = -1.0  # behind
+    means[30:35, 2] = 0.02  # just past the near plane
+    scales[40:45], scales[45:50] = 30.0, 1e-5
+    opacities[50:70], opacities[70:75] = 1.0, 0.003
+    return Gaussians.from_activated(
+        means, torch.randn(n, 4, generator=generator), scales, opacities,
+        torch.rand(n, 3, generator=generator), torch.randn(n, 7, generator=generator),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cpu_backend_equals_the_reference(seed):
+    gaussians, camera = _hard_scene(seed), _camera(eye=(0.3 * seed, -0.1, -0.5))
+    fast, slow = (rasterize(gaussians, camera, backend=backend) for backend in ("cpu", "reference"))
+    # a pixel may end one Gaussian earlier when T meets its limit within rounding: allow a few
+    for name in FIELDS:
+        difference = (getattr(fast, name) - getattr(slow, name)).abs()
+        assert (difference < 1e-4).float().mean() > 0.999, name
+        assert difference.median() < 1e-6, name
+
+
+def test_reference_passes_gradcheck():
+    gaussians = _hard_scene(5, n=80).select(torch.tensor([0, 1, 33, 55, 76, 78]))
+    camera = Camera(intrinsics(6.0, (5, 7)).double(), torch.eye(4).double(), width=7, height=5)
+    parameters = [
+        value.double().requires_grad_()
+        for value in (gaussians.means, gaussians.quats, gaussians.log_scales, gaussians.logit_opacities, gaussians.colors)
+    ]
+
+    def color_and_alpha(*values):
+        render = rasterize(Gaussians(*values), camera, backend="reference")
+        return render.color, render.alpha, render.depth * render.alpha
+
+    assert torch.autograd.gradcheck(color_and_alpha, parameters, eps=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_cameras_equal_one_at_a_time(backend):
+    gaussians, cameras = _hard_scene(1), [_camera(), _camera(eye=(0.4, 0.2, 0.0))]
+    together = rasterize(gaussians, cameras, backend=backend)
+    assert together.color.shape == (2, *HW, 3)
+    for index, camera in enumerate(cameras):
+        alone = rasterize(gaussians, camera, backend=backend)
+        for name in FIELDS:
+            assert torch.equal(getattr(together, name)[index], getattr(alone, name)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_in_sight_is_the_background(backend):
+    behind = _gaussians([[0, 0, -3.0]], [[0.1] * 3], [0.9], features=torch.ones(1, 2))
+    render = rasterize(behind, _camera(), backend=backend, background=torch.tensor([0.1, 0.2, 0.3]))
+    assert render.alpha.abs().max() == 0
+    torch.testing.assert_close(render.color, torch.tensor([0.1, 0.2, 0.3]).expand(*HW, 3))
+    assert render.features.abs().max() == 0
+    assert torch.isfinite(render.depth).all()
+
+
+def test_near_and_far_cut():
+    line = _gaussians([[0, 0, z] for z in (1.0, 2.0, 3.0)], [[0.3] * 3] * 3, [0.5] * 3, features=torch.eye(3))
+    render = rasterize(line, _camera(), near=1.5, far=2.5)
+    assert render.features[18, 26, 1] > 0.4
+    assert render.features[..., [0, 2]].abs().max() == 0
+
+
+def test_the_picture_does_not_depend_on_the_order_of_the_input():
+    gaussians = _hard_scene(2).select(torch.arange(75, 300))  # without ties
+    shuffled = gaussians.select(torch.randperm(225, generator=torch.Generator().manual_seed(0)))
+    for name in FIELDS:
+        a, b = (getattr(rasterize(scene, _camera()), name) for scene in (gaussians, shuffled))
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_huge_image_row_and_a_single_pixel():
+    gaussians = _gaussians([[0, 0, 3.0]], [[20.0] * 3], [0.9])
+    for hw in ((1, 1), (1, 300), (65, 2)):
+        assert rasterize(gaussians, _camera(hw)).alpha.min() > 0.5
+
+
+def test_errors(unchecked):
+    gaussians = _hard_scene(0)
+    with pytest.raises(ShapeError, match="one size"):
+        rasterize(gaussians, [_camera(), _camera((10, 20))])
+    with pytest.raises(ShapeError, match="no cameras"):
+        rasterize(gaussians, [])
+    trained = Gaussians(
+        gaussians.means.clone().requires_grad_(), gaussians.quats, gaussians.log_scales,
+        gaussians.logit_opacities, gaussians.colors,
+    )  # fmt: skip
+    with pytest.raises(L2MError, match="gradients"):
+        rasterize(trained, _camera(), backend="cpu")
+    with torch.no_grad():
+        rasterize(trained, _camera(), backend="cpu")
+
+
+def test_exponential_is_accurate_over_its_whole_range():
+    from l2m_viz.gaussians._splat import _exp_negative
+    import numba
+    import numpy as np
+
+    @numba.njit
+    def table(x):
+        out = np.empty_like(x)
+        for i in range(len(x)):
+            out[i] = _exp_negative(x[i])
+        return out
+
+    x = np.linspace(0, 20, 4001, dtype=np.float32)
+    np.testing.assert_allclose(table(x), np.exp(-x.astype(np.float64)), rtol=1e-6)
+    assert table(np.zeros(1, np.float32))[0] == 1.0
+    assert math.isfinite(table(np.full(1, 79.0, np.float32))[0])
