@@ -1,25 +1,22 @@
 """The pair tab: two pictures in; blend, warp, certainty, lines, numbers and files out."""
 
-import io
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import gradio as gr
-import numpy as np
-import PIL.Image
 import torch
 from gradio.data_classes import ImageData
-from matplotlib.figure import Figure
 
 from app.examples import Example
 from app.work import (
     ERROR_LIMIT_PX,
+    NUM_LINES,
     PairResult,
-    error_picture,
+    error_map,
     friendly_errors,
     match_files,
-    pixels,
+    save_picture,
     table,
 )
 from l2m_viz.errors import L2MError
@@ -146,7 +143,8 @@ def _pictures() -> tuple[gr.Slider, dict[str, Any]]:
         legend = legend_html("error", "0", f"{ERROR_LIMIT_PX:g}+", "px")
         error_legend = gr.HTML(legend, visible=False)
     with gr.Tab("Matches"):
-        lines = picture(label="Sampled matches, coloured by certainty", elem_id="lines")
+        lines = picture(label=f"At most {NUM_LINES} matches, A left, B right", elem_id="lines")
+        gr.HTML(legend_html("certainty", "0", "1", "certainty"))
     with gr.Tab("Click a pixel"):
         click_text = gr.Markdown(_CLICK, elem_id="click_text")
         with gr.Row():
@@ -177,20 +175,23 @@ def _numbers_and_files() -> tuple[gr.Slider, dict[str, Any]]:
 
 def _fill(out: _Outputs, found: PairResult, share: float, threshold: float) -> dict[Any, Any]:
     """Values of all outputs for a new result."""
-    view, has_truth = found.view, found.truth is not None
+    view, save = found.view, partial(save_picture, found)
+    error = error_map(found)
+    lines = found.folder / "lines.png"
+    lines.write_bytes(figures.to_png(match_lines(view, found.match, found.drawn)))
     return {
         **_on_threshold(out, found, share, threshold),
         out.status: _verdict(found),
         out.results: gr.Column(visible=True),
-        out.certainty: pixels(colorize(view.certainty, "certainty")),
-        out.error: gr.Image(pixels(error_picture(found)), visible=has_truth),
-        out.error_legend: gr.HTML(visible=has_truth),
-        out.lines: _picture(match_lines(view, found.match, found.drawn)),
-        out.click_A: pixels(view.image_A),
-        out.click_B: pixels(view.image_B),
+        out.certainty: save(colorize(view.certainty, "certainty")),
+        out.error: gr.Image(None if error is None else save(error), visible=error is not None),
+        out.error_legend: gr.HTML(visible=error is not None),
+        out.lines: str(lines),
+        out.click_A: save(view.image_A),
+        out.click_B: save(view.image_B),
         out.click_text: _CLICK,
-        out.npz: gr.DownloadButton(value=str(found.npz)),
-        out.csv: gr.DownloadButton(value=str(found.csv)),
+        out.npz: gr.DownloadButton(value=str(found.folder / "match.npz")),
+        out.csv: gr.DownloadButton(value=str(found.folder / "matches.csv")),
     }
 
 
@@ -206,44 +207,40 @@ def _verdict(found: PairResult) -> str:
 def _on_threshold(out: _Outputs, found: PairResult | None, share: float, threshold: float) -> dict[Any, Any]:
     """Everything that depends on which pixels count as certain."""
     with friendly_errors():
-        view = _still_here(found).view
-        warped = pixels(hatch_uncertain(view.warped_B, view.certainty >= threshold))
+        found = _still_here(found)
+        warped = save_picture(found, hatch_uncertain(found.view.warped_B, found.view.certainty >= threshold))
         return {
             out.blended: _on_blend(found, share, threshold),
-            out.slider: (pixels(view.image_A), warped),
+            out.slider: (save_picture(found, found.view.image_A), warped),
             out.warped: warped,
-            out.table: table(_still_here(found), threshold),
+            out.table: table(found, threshold),
         }
 
 
-def _on_blend(found: PairResult | None, share: float, threshold: float) -> np.ndarray | None:
+def _on_blend(found: PairResult | None, share: float, threshold: float) -> str:
     with friendly_errors():
-        return pixels(blend(_still_here(found).view, share / 100, threshold))
+        found = _still_here(found)
+        return save_picture(found, blend(found.view, share / 100, threshold))
 
 
-def _on_click(found: PairResult | None, event: gr.SelectData) -> tuple[Any, Any, str]:
+def _on_click(found: PairResult | None, event: gr.SelectData) -> tuple[str, str, str]:
     """Mark the clicked point of A and its match in B."""
     with friendly_errors():
         found = _still_here(found)
         view, match = found.view, found.match
-        # The browser rounds the continuous position to whole pixels of the picture that it shows: no half is missing.
+        # The browser rounds the continuous position to whole pixels of the picture it shows: no half is missing.
         shown = torch.tensor([float(value) for value in event.index])
         point_A = to_pixel(to_normalized(shown, (view.image_A.shape[0], view.image_A.shape[1])), match.hw_A)
         point_B, certainty = match.query(point_A)
         (x_A, y_A), (x_B, y_B) = point_A.tolist(), point_B.tolist()
-        marked_A, marked_B = (
-            mark_point(view.image_A, point_A, match.hw_A),
-            mark_point(view.image_B, point_B, match.hw_B),
+        return (
+            save_picture(found, mark_point(view.image_A, point_A, match.hw_A)),
+            save_picture(found, mark_point(view.image_B, point_B, match.hw_B)),
+            f"A **({x_A:.1f}, {y_A:.1f})** px → B **({x_B:.1f}, {y_B:.1f})** px, certainty **{certainty:.2f}**",
         )
-        text = f"A **({x_A:.1f}, {y_A:.1f})** px → B **({x_B:.1f}, {y_B:.1f})** px, certainty **{certainty:.2f}**"
-        return pixels(marked_A), pixels(marked_B), text
 
 
 def _still_here(found: PairResult | None) -> PairResult:
     if found is None:
         raise L2MError("there is no result to show", todo="press Match; results are forgotten after an hour")
     return found
-
-
-def _picture(figure: Figure) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(figures.to_png(figure)))

@@ -25,8 +25,8 @@ _INTRO = (
 )
 
 _ABOUT = """
-- **Your pictures stay on this machine.** The app listens on 127.0.0.1, has no share link and sends no telemetry; files
-  of a run are deleted after about an hour and when the app stops.
+- **Your pictures stay on this machine.** By default the app listens on 127.0.0.1; it has no share link and sends no
+  telemetry. Files of a run are deleted after about an hour and when the app stops.
 - **Pixels** are continuous: the centre of the top-left pixel is (0.5, 0.5) and a picture spans [0, W] x [0, H]. Points
   are (x, y) in pixels of the original picture, upright (EXIF orientation applied). OpenCV counts half a pixel less.
 - **match.npz** holds `warp_A_to_B` (H, W, 2), the position in B of every pixel of A in [-1, 1] (x = 2 x_px / W - 1,
@@ -40,9 +40,10 @@ _ABOUT = """
 _CSS = """
 .gradio-container { max-width: 1500px !important; }
 #numbers table { width: 100%; border-collapse: collapse; }
+#numbers table, #numbers tr { border: none; }
 #numbers th, #numbers td { border: none; border-bottom: 1px solid var(--border-color-primary); padding: .3em .5em; }
-#numbers td:nth-child(2) { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-#numbers td:nth-child(3) { color: var(--body-text-color-subdued); }
+#numbers :is(th, td):nth-child(2) { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+#numbers td:nth-child(3) { opacity: .75; }
 #matcher input { text-overflow: ellipsis; padding-right: 1.6em; }
 /* Progress covers the old status instead of mixing with it; after an error the message above says it all. */
 #status .wrap { background: var(--body-background-fill); opacity: 1; }

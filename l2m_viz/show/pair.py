@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from torch import Tensor
 
 from l2m_viz.data import fit_long_side, resize_image
@@ -82,21 +81,21 @@ def mark_point(
     image: Float[Tensor, "h w 3"],
     point_px: Float[Tensor, "2"],
     hw: HW,
-    color: tuple[float, float, float] = (1.0, 0.3, 0.0),
+    color: tuple[float, float, float] = (0.0, 0.9, 1.0),
 ) -> Float[Tensor, "h w 3"]:
     """Draw a ring with a dot around a point given in pixels of the original of size ``hw``; returns a copy."""
     drawn = np.array(image.numpy(), copy=True, order="C")
     center = to_integer_centers(to_pixel(to_normalized(point_px, hw), _hw(image)))
     x, y = (round(value * 16) for value in center.tolist())  # OpenCV's fixed point, 4 bits of fraction
-    radius = max(6, round(max(drawn.shape) / 70))
-    for thickness, ink in ((5, (0.0, 0.0, 0.0)), (2, color)):  # the dark rim shows on any background
-        cv2.circle(drawn, (x, y), radius * 16, ink, thickness, cv2.LINE_AA, shift=4)
-        cv2.circle(drawn, (x, y), thickness * 8, ink, -1, cv2.LINE_AA, shift=4)
+    pen = max(2, round(max(drawn.shape) / 300))
+    for thickness, ink in ((2 * pen, (0.0, 0.0, 0.0)), (pen, color)):  # the dark rim shows on any background
+        cv2.circle(drawn, (x, y), 7 * pen * 16, ink, thickness, cv2.LINE_AA, shift=4)
+        cv2.circle(drawn, (x, y), thickness * 16, ink, -1, cv2.LINE_AA, shift=4)
     return torch.from_numpy(drawn)
 
 
 def match_lines(view: PairView, match: Match, matches: Matches) -> Figure:
-    """Draw both images at one height with a line for every match, on a transparent ground for any theme."""
+    """Draw both images at one height with a line for every match, coloured by certainty, and nothing around."""
     height = min(view.image_A.shape[0], view.image_B.shape[0])
     image_A, image_B = _with_height(view.image_A, height), _with_height(view.image_B, height)
     scaled = Matches(
@@ -104,13 +103,13 @@ def match_lines(view: PairView, match: Match, matches: Matches) -> Figure:
         to_pixel(to_normalized(matches.points_B, match.hw_B), _hw(image_B)),
         matches.certainty,
     )
-    title = f"A left, B right: {len(matches)} matches"
-    figure = figures.matches(image_A, image_B, scaled, num=len(matches), title=title)
+    figure = figures.matches(image_A, image_B, scaled, num=len(matches))
+    axis, *color_bars = figure.axes
+    axis.set_title("")  # text in one colour would vanish in one of the themes; see `legend_html`
+    for color_bar in color_bars:
+        color_bar.remove()
     figure.patch.set_alpha(0)
-    for text in figure.findobj(Text):
-        text.set_color("0.5")  # readable on black and on white
-    for axis in figure.axes:
-        axis.tick_params(color="0.5", labelcolor="0.5")
+    figure.set_figheight(figure.get_figwidth() * height / (image_A.shape[1] + image_B.shape[1]))
     return figure
 
 

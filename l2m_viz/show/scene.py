@@ -205,7 +205,7 @@ def thin_evenly(means: Float[Tensor, "n 3"], camera: Camera, num: int) -> Int[Te
     points_px, depth = project(transform_points(camera.w2c, means), camera.K)
     layer = (depth.abs().clamp(min=1e-9).log() / math.log(1.05)).floor().long() * 2 + (depth > 0)
     step = math.sqrt(len(means) / num)  # px
-    while True:
+    for _ in range(8):  # two or three do, unless ``num`` is less than there are depths
         square = (points_px / step).clamp(-1e5, 1e5).floor()
         column, row = square.long().unbind(dim=1)
         key, index = torch.unique((column << 42) + (row << 21) + layer, return_inverse=True)
@@ -217,7 +217,8 @@ def thin_evenly(means: Float[Tensor, "n 3"], camera: Camera, num: int) -> Int[Te
     by_cell = by_cell[index[by_cell].argsort(stable=True)]  # cell by cell, the most central point first
     first = torch.ones(len(by_cell), dtype=torch.bool)
     first[1:] = index[by_cell].diff() > 0
-    return by_cell[first].sort().values
+    kept = by_cell[first].sort().values
+    return kept if len(kept) <= num else kept[torch.linspace(0, len(kept) - 1, num).long()]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Figures are made of what they are given: sizes, colour ranges, grey where there is nothing."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from l2m_viz.errors import ShapeError
+from l2m_viz.matching import Matches
+from l2m_viz.show import figures
+from l2m_viz.show.colors import NOTHING, colorize, flow_colors, value_limits
+from l2m_viz.show.figures import Panel
+
+HW = (30, 50)
+
+
+def _pixels(figure) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(figures.to_png(figure))).convert("RGB"))
+
+
+def test_colour_ends_are_those_of_the_map_and_holes_are_grey():
+    values = torch.linspace(0, 1, 50).expand(HW)
+    mask = torch.ones(HW, dtype=torch.bool)
+    mask[:10] = False
+    colors = colorize(values, "certainty", mask)
+    np.testing.assert_allclose(colors[20, 0], [0.267, 0.005, 0.329], atol=2e-3)  # viridis, both ends
+    np.testing.assert_allclose(colors[20, -1], [0.993, 0.906, 0.144], atol=2e-3)
+    assert (colors[:10] == NOTHING).all()
+
+
+def test_limits_of_each_kind():
+    values = torch.arange(101.0)[None]
+    assert value_limits(values, "certainty", None) == (0, 1)
+    assert value_limits(values, "error", None) == (0, 95)
+    assert value_limits(values, "depth", None) == (1, 99)
+    assert value_limits(values, "depth", torch.zeros(1, 101, dtype=torch.bool)) == (0, 1)
+
+
+def test_flow_wheel_has_opposite_hues_for_opposite_directions_and_white_for_none():
+    flow = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]])
+    colors = flow_colors(flow, max_px=1.0)
+    torch.testing.assert_close(colors[0, 0], torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(colors[0, 1], torch.tensor([0.0, 1.0, 1.0]))
+    torch.testing.assert_close(colors[0, 2], torch.ones(3))
+
+
+def test_panels_draw_every_picture_and_no_empty_axes():
+    red = torch.tensor([1.0, 0.0, 0.0]).expand(*HW, 3)
+    figure = figures.panels(
+        Panel("one", red), Panel("two", torch.rand(HW), "certainty", label="x"), Panel("three", red), Panel("four", red)
+    )
+    drawn = [axis for axis in figure.axes if axis.axison]
+    assert [axis.get_title() for axis in drawn if axis.get_title()] == ["one", "two", "three", "four"]
+    assert len(drawn) == 5  # four pictures and one colour bar
+    picture = _pixels(figure)
+    assert ((picture == [255, 0, 0]).all(-1)).mean() > 0.1
+
+
+def test_lines_end_at_the_matched_points():
+    a, b = torch.zeros(*HW, 3), torch.zeros(40, 60, 3)
+    matches = Matches(torch.tensor([[10.0, 5.0]]), torch.tensor([[20.0, 30.0]]), torch.tensor([0.7]))
+    figure = figures.matches(a, b, matches)
+    (segment,) = figure.axes[0].collections[0].get_segments()
+    np.testing.assert_allclose(segment, [[10, 5], [50 + 1 + 20, 30]])
+
+
+def test_no_matches_is_a_picture_too():
+    empty = Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0))
+    assert _pixels(figures.matches(torch.zeros(*HW, 3), torch.zeros(*HW, 3), empty)).std() > 0
+
+
+def test_nothing_to_draw_is_an_error():
+    with pytest.raises(ShapeError, match="at least one Panel"):
+        figures.panels()

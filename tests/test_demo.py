@@ -1,0 +1,120 @@
+"""The main job as a user runs it: the sample, an own photo with and without depth, and bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from l2m_viz import Gaussians, LiftedScene, Match
+from l2m_viz.cli import main
+from l2m_viz.data import load_sample, write_image
+from l2m_viz.demo import DemoCfg, run_demo
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return run_demo(DemoCfg(out=tmp_path_factory.mktemp("demo"), orbit_frames=6))
+
+
+def test_the_sample_reaches_the_measured_figures(result):
+    numbers = result.numbers
+    assert numbers["lift_psnr_db"] >= 27.0
+    assert numbers["lift_ssim"] >= 0.83
+    assert numbers["splat_psnr_db"] >= numbers["lift_psnr_db"] - 0.5
+    assert numbers["dis_epe_px"] < 0.5
+    assert numbers["dis_pck3"] > 0.85
+    assert numbers["dis_ap"] > 0.95
+    assert numbers["sift_epe_px"] < 1.5
+
+
+def test_the_report_holds_every_number_and_picture_and_fetches_nothing(result):
+    text = result.report.read_text()
+    assert text.count("<img") >= 7
+    assert "data:image/webp" in text
+    assert not re.search(r"(src|href)=['\"](?!data:)", text)
+    assert f"{result.numbers['lift_psnr_db']:.4g}" in text
+    assert json.loads((result.report.parent / "numbers.json").read_text())["dis_pck1"] == result.numbers["dis_pck1"]
+
+
+def test_the_files_load_again(result):
+    folder = result.report.parent
+    assert Match.load(folder / "match_dis.npz").hw_A == (500, 741)
+    assert LiftedScene.load(folder / "scene.npz").hw == (500, 741)
+    assert Gaussians.load(folder / "gaussians.npz").features.shape[1] == 16
+    with Image.open(folder / "orbit.webp") as orbit:
+        assert orbit.n_frames == 6
+
+
+def test_own_photo_without_depth_says_that_it_guesses(tmp_path):
+    photo = load_sample("coffee").image_A
+    write_image(tmp_path / "cup.jpg", photo)
+    seen = []
+    cfg = DemoCfg(out=tmp_path / "out", image=tmp_path / "cup.jpg", max_side=160, orbit_frames=2)
+    result = run_demo(cfg, lambda share, what: seen.append((share, what)))
+    assert "guess" in result.report.read_text()
+    assert [share for share, _ in seen] == sorted(share for share, _ in seen)
+    assert seen[-1][0] == 1.0
+    assert result.numbers["dis_epe_px"] < 3  # truth is exact here, and the view is near
+
+
+def test_own_photo_with_depth_of_another_size(tmp_path):
+    sample = load_sample("motorcycle")
+    write_image(tmp_path / "photo.png", sample.image_A)
+    np.save(tmp_path / "depth.npy", torch.where(sample.valid_A, sample.depth_A, torch.nan)[::2, ::2].numpy())
+    cfg = DemoCfg(
+        out=tmp_path / "out", image=tmp_path / "photo.png", depth=tmp_path / "depth.npy", max_side=200, orbit_frames=2
+    )
+    result = run_demo(cfg)
+    assert "guess" not in result.report.read_text()
+    assert 0.5 < result.numbers["lift_filled"] < 1
+
+
+def _l2m(*args: str, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from l2m_viz.cli import main; main()", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.jpg").write_text("this is not a picture")
+    for args in (
+        ["demo", "--image", str(tmp_path / "absent.jpg"), "--out", str(tmp_path)],
+        ["demo", "--image", str(tmp_path / "notes.jpg"), "--out", str(tmp_path)],
+        ["match", str(tmp_path / "notes.jpg"), str(tmp_path / "notes.jpg")],
+        ["demo", "--sample", "nothing", "--out", str(tmp_path)],
+    ):
+        monkeypatch.setattr(sys, "argv", ["l2m", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("l2m: ")
+        assert "Traceback" not in message
+
+
+def test_match_and_lift_commands_write_their_files(tmp_path, monkeypatch, capsys):
+    sample = load_sample("motorcycle")
+    for name, image in (("a.png", sample.image_A), ("b.png", sample.image_B)):
+        write_image(tmp_path / name, image[::3, ::3].contiguous())
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    monkeypatch.setattr(sys, "argv", ["l2m", "match", *paths, "--out", str(tmp_path / "m"), "--num", "50"])
+    main()
+    assert "overlap" in capsys.readouterr().out
+    assert len((tmp_path / "m" / "matches.csv").read_text().splitlines()) == 51
+    assert Match.load(tmp_path / "m" / "match.npz").hw_A == (167, 247)
+    monkeypatch.setattr(sys, "argv", ["l2m", "lift", paths[0], "--out", str(tmp_path / "l"), "--views", "2"])
+    main()
+    assert "guess" in capsys.readouterr().out
+    assert (tmp_path / "l" / "view_1.png").is_file()
+    assert len(Gaussians.load(tmp_path / "l" / "gaussians.npz")) == 167 * 247
+
+
+def test_help_of_the_real_command():
+    shown = _l2m("--help")
+    assert shown.returncode == 0
+    for command in ("demo", "match", "lift", "matchers"):
+        assert command in shown.stdout
