@@ -26,15 +26,25 @@ _MIN_TRANSMITTANCE = np.float32(MIN_TRANSMITTANCE)
 _LOG2E, _LN2_HI, _LN2_LO = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
+@numba.njit(inline="always")
+@no_type_check
+def _clamp_limits(K, hw):
+    """Range of x/z and of y/z in which the projection's Jacobian is evaluated."""
+    height, width = hw
+    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+    margin_x, margin_y = FRUSTUM_MARGIN * width / (2 * fx), FRUSTUM_MARGIN * height / (2 * fy)
+    low_x, high_x = np.float32(-cx / fx - margin_x), np.float32((width - cx) / fx + margin_x)
+    low_y, high_y = np.float32(-cy / fy - margin_y), np.float32((height - cy) / fy + margin_y)
+    return low_x, high_x, low_y, high_y
+
+
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
 def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, near, far, eps2d, screen, tiles):
     """Fill screen (N, 10) and tiles (N, 4), the tile range x0, y0, x1, y1 of each Gaussian (empty when not drawn)."""
     height, width = hw
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-    margin_x, margin_y = FRUSTUM_MARGIN * width / (2 * fx), FRUSTUM_MARGIN * height / (2 * fy)
-    low_x, high_x = np.float32(-cx / fx - margin_x), np.float32((width - cx) / fx + margin_x)
-    low_y, high_y = np.float32(-cy / fy - margin_y), np.float32((height - cy) / fy + margin_y)
+    low_x, high_x, low_y, high_y = _clamp_limits(K, hw)
     columns, rows = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
     for i in numba.prange(means.shape[0]):
         tiles[i, 0], tiles[i, 1], tiles[i, 2], tiles[i, 3] = 0, 0, 0, 0
@@ -162,10 +172,11 @@ def _exp_negative(power):
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
-def composite_tiles(start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance):
+def composite_tiles(start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance, last):
     """Blend front to back into color (H, W, 3), feature (H, W, D), depth (H, W); all zero, transmittance one, at entry.
 
-    ``depth`` becomes the sum of weight times z; the caller divides by alpha.
+    ``depth`` becomes the sum of weight times z; the caller divides by alpha. ``last`` (H, W), -1 at entry, becomes the
+    position in ``indices`` of the last Gaussian drawn in each pixel, where the backward pass begins.
     """
     height, width = transmittance.shape
     channels = features.shape[1]
@@ -203,6 +214,7 @@ def composite_tiles(start, indices, screen, colors, features, columns, rows, col
                         alive -= 1
                         continue
                     transmittance[y, x] = after
+                    last[y, x] = k
                     weight = alpha * before
                     color[y, x, 0] += weight * red
                     color[y, x, 1] += weight * green

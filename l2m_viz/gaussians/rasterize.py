@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from l2m_viz.errors import L2MError, ShapeError
-from l2m_viz.gaussians import _splat, reference
+from l2m_viz.gaussians import cpu, reference
 from l2m_viz.gaussians.container import Gaussians
 from l2m_viz.geometry import Camera
-from l2m_viz.parallel import run_kernel
 
 Backend = Literal["auto", "reference", "cpu"]
 
@@ -49,7 +47,7 @@ def rasterize(
     Args:
         gaussians: What to draw.
         camera: One camera, or a list of cameras of one image size, which adds a leading axis to the result.
-        backend: "reference" is dense torch with gradients; "cpu" is numba on all cores; "auto" picks.
+        backend: "reference" is dense torch, to be read; "cpu" is numba on all cores; "auto" picks. All have gradients.
         background: RGB behind everything, black if None; it affects colour only.
         near: Nearest drawn depth, in world units.
         far: Farthest drawn depth.
@@ -57,7 +55,7 @@ def rasterize(
 
     Raises:
         ShapeError: no cameras, or cameras of several sizes.
-        L2MError: an unknown backend, gradients asked of a backend that has none, or view-dependent colour.
+        L2MError: an unknown backend, or view-dependent colour.
     """
     if isinstance(camera, list):
         if len({view.hw for view in camera}) != 1:
@@ -65,7 +63,7 @@ def rasterize(
             raise ShapeError("rasterize", expected="cameras of one size (H, W)", got=str(sizes))
         options = {"background": background, "near": near, "far": far, "eps2d": eps2d}
         return _stack([rasterize(gaussians, view, backend=backend, **options) for view in camera])
-    render_one = {"auto": _render_cpu, "cpu": _render_cpu, "reference": _render_reference}.get(backend)
+    render_one = {"auto": cpu.render, "cpu": cpu.render, "reference": reference.render}.get(backend)
     if render_one is None:
         raise L2MError("rasterize", expected="backend 'auto', 'reference' or 'cpu'", got=repr(backend))
     if gaussians.sh_rest is not None:
@@ -74,43 +72,6 @@ def rasterize(
     if background is not None:
         color = color + (1 - alpha)[..., None] * background
     return Render(color, features, depth / alpha.clamp(min=1e-10), alpha)
-
-
-_Layers = tuple[Tensor, Tensor | None, Tensor, Tensor]
-
-
-def _render_reference(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d: float) -> _Layers:
-    screen = reference.project_gaussians(gaussians, camera, near, far, eps2d)
-    layers = [gaussians.colors, screen.depths[:, None]]
-    if gaussians.features is not None:
-        layers.append(gaussians.features)
-    values, transmittance = reference.composite(screen, gaussians.opacities, torch.cat(layers, dim=-1), camera)
-    features = None if gaussians.features is None else values[..., 4:]
-    return values[..., :3], features, values[..., 3], 1 - transmittance
-
-
-def _render_cpu(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d: float) -> _Layers:
-    if torch.is_grad_enabled() and any(value.requires_grad for value in vars(gaussians).values() if value is not None):
-        raise L2MError("rasterize: the cpu backend has no gradients", todo="use backend='reference' or torch.no_grad()")
-    hw, n = camera.hw, len(gaussians)
-    screen, tiles = np.empty((n, _splat.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
-    parameters = (gaussians.means, gaussians.quats, gaussians.log_scales, gaussians.logit_opacities, camera.w2c, camera.K)
-    limits = tuple(np.float32(value) for value in (near, far, eps2d))
-    run_kernel(_splat.project_gaussians, *map(_array, parameters), hw, *limits, screen, tiles)
-    columns, rows = -(-hw[1] // _splat.TILE), -(-hw[0] // _splat.TILE)
-    start, indices = _splat.bin_into_tiles(_splat.order_by_depth(screen, tiles), tiles, columns, rows)
-    num_channels = 0 if gaussians.features is None else gaussians.features.shape[1]
-    features = np.empty((n, 0), np.float32) if gaussians.features is None else _array(gaussians.features)
-    color, feature = np.zeros((*hw, 3), np.float32), np.zeros((*hw, num_channels), np.float32)
-    depth, transmittance = np.zeros(hw, np.float32), np.ones(hw, np.float32)
-    inputs = (start, indices, screen, _array(gaussians.colors), features, columns, rows)
-    run_kernel(_splat.composite_tiles, *inputs, color, feature, depth, transmittance)
-    drawn = None if gaussians.features is None else torch.from_numpy(feature)
-    return torch.from_numpy(color), drawn, torch.from_numpy(depth), torch.from_numpy(1 - transmittance)
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(value.detach().cpu().numpy(), np.float32)
 
 
 def _stack(renders: list[Render]) -> Render:

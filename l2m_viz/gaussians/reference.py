@@ -22,6 +22,10 @@ MIN_TRANSMITTANCE = 1e-4  # the Gaussian that would bring T to this or less is n
 FRUSTUM_MARGIN = 0.3  # of the half field of view: how far outside the image the Jacobian is still evaluated
 
 
+Layers = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""What a backend returns for one camera: colour (H, W, 3), features (H, W, D) or None, sum of w z (H, W), alpha (H, W)."""
+
+
 @dataclass(frozen=True)
 class ScreenGaussians:
     """Gaussians on the screen: centres (px), conics (px^-2, entries xx, xy, yy), depths, and which can be drawn."""
@@ -90,3 +94,14 @@ def composite(
     before = torch.cat([torch.ones_like(after[..., :1]), after[..., :-1]], dim=-1)
     final = after[..., -1] if len(order) else torch.ones(camera.hw, dtype=values.dtype)
     return (alpha * before) @ values[order], final
+
+
+def render(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d: float) -> Layers:
+    """Draw one camera: colour, features, sum of weight times z, alpha."""
+    screen = project_gaussians(gaussians, camera, near, far, eps2d)
+    values = [gaussians.colors, screen.depths[:, None]]
+    if gaussians.features is not None:
+        values.append(gaussians.features)
+    blended, transmittance = composite(screen, gaussians.opacities, torch.cat(values, dim=-1), camera)
+    features = None if gaussians.features is None else blended[..., 4:]
+    return blended[..., :3], features, blended[..., 3], 1 - transmittance

@@ -105,6 +105,8 @@ def curves(
         axis.plot(x.numpy(), values.numpy(), "o-", label=name)
     if log_x:
         axis.set_xscale("log")
+        axis.set_xticks(x.numpy(), [f"{value:.3g}" for value in x.tolist()])
+        axis.minorticks_off()
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)

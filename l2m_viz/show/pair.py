@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from l2m_viz.data import fit_long_side, resize_image
+from l2m_viz.data import fit_long_side, resize_image, to_uint8
 from l2m_viz.errors import L2MError
 from l2m_viz.geometry import (
     HW,
@@ -84,14 +84,15 @@ def mark_point(
     color: tuple[float, float, float] = (0.0, 0.9, 1.0),
 ) -> Float[Tensor, "h w 3"]:
     """Draw a ring with a dot around a point given in pixels of the original of size ``hw``; returns a copy."""
-    drawn = np.array(image.numpy(), copy=True, order="C")
+    drawn = to_uint8(image)  # OpenCV smooths lines in 8 bits only
     center = to_integer_centers(to_pixel(to_normalized(point_px, hw), _hw(image)))
     x, y = (round(value * 16) for value in center.tolist())  # OpenCV's fixed point, 4 bits of fraction
     pen = max(2, round(max(drawn.shape) / 300))
-    for thickness, ink in ((2 * pen, (0.0, 0.0, 0.0)), (pen, color)):  # the dark rim shows on any background
+    bright = tuple(255 * channel for channel in color)
+    for thickness, ink in ((2 * pen, (0.0, 0.0, 0.0)), (pen, bright)):  # the dark rim shows on any background
         cv2.circle(drawn, (x, y), 7 * pen * 16, ink, thickness, cv2.LINE_AA, shift=4)
         cv2.circle(drawn, (x, y), thickness * 16, ink, -1, cv2.LINE_AA, shift=4)
-    return torch.from_numpy(drawn)
+    return torch.from_numpy(drawn).float() / 255
 
 
 def match_lines(view: PairView, match: Match, matches: Matches) -> Figure:

@@ -45,6 +45,7 @@ DISPLAY_SIZE = 1.6  # times the true scales: closes the gaps that pixel-sized sp
 _UNIT = 4.0  # viewer units from the camera to the nearest things: keyboard steps and clipping planes fit this size
 _FRUSTUM_DEPTH = 0.1  # of the distance to the nearest things
 _POINT_SIZE = 1e-6  # viewer units; the browser draws no point smaller than one pixel
+_POINT_PUSH = 1.02  # points stand this much farther from the first camera than their splats, which so hide them
 _FRUSTUM_COLORS = ((230, 120, 20), (40, 110, 220), (40, 160, 80), (170, 60, 170))
 _THUMBNAIL_PX = 400
 _WINDOW_ASPECT = 1.4  # width over height of a browser window, before it is known
@@ -285,6 +286,7 @@ class SceneHandle:
         colors: Float[Tensor, "n 3"],
         size: float,
         kept: Int[Tensor, " m"],
+        eye: Float[Tensor, " 3"],
     ) -> None:
         self._kept = kept
         self._gaussians, self.units = gaussians.select(self._kept), units
@@ -302,9 +304,10 @@ class SceneHandle:
         )
         # viser drops a splat when it gets smaller than about half a pixel: the scene would fade away as one steps back.
         # A point never gets smaller than one pixel, so behind each splat waits a point of its colour.
+        points = eye + _POINT_PUSH * (gaussians.means - eye)
         self._points = scene.add_point_cloud(
             "/gaussians/points",
-            points=_float32(gaussians.means * units.per_scene_unit),
+            points=_float32(points * units.per_scene_unit),
             colors=rgb,
             point_size=_POINT_SIZE,
             point_shading="flat",
@@ -359,7 +362,7 @@ def build_scene(
         target.scene.set_up_direction("-y")
     rgb = gaussian_colors(gaussians, colors, pca, camera) if isinstance(colors, str) else colors
     kept = thin_evenly(gaussians.means, camera, max_gaussians)
-    handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept)
+    handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept, camera.center)
     depth = _FRUSTUM_DEPTH * _UNIT
     for index, (name, (view, image)) in enumerate(pictures.items()):
         color = _FRUSTUM_COLORS[index % len(_FRUSTUM_COLORS)]

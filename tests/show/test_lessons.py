@@ -81,4 +81,5 @@ def test_curves():
     assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 3], [10, 4]], [[1, -3], [10, -4]]]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["up", "down"]
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) == ("shift (px)", "PSNR (dB)", "log")
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "10"]
     assert curves(x, {"up": y}, x_label="", y_label="").axes[0].get_legend() is None

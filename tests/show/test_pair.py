@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from l2m_viz.errors import L2MError
 from l2m_viz.geometry import normalized_grid, pixel_grid, warp_from_flow
@@ -96,7 +97,9 @@ def test_lines_join_the_matched_points():
     matches = Matches(torch.tensor([[10.0, 20.0]]), torch.tensor([[40.0, 20.0]]), torch.tensor([0.9]))
     figure = match_lines(view, match, matches)
     (axis,) = figure.axes  # the colour bar is left to the page
-    (line,) = axis.collections[0].get_segments()
+    (lines,) = axis.collections
+    assert isinstance(lines, LineCollection)
+    (line,) = lines.get_segments()
     gap = HW_A[1] // 40
     assert line.tolist() == [[10.0, 20.0], [HW_A[1] + gap + 20.0, 10.0]]  # B is drawn at A's height: halved
     assert to_png(figure).startswith(b"\x89PNG")
