@@ -1,11 +1,13 @@
 """The pair tab: two pictures in; blend, warp, certainty, lines, numbers and files out."""
 
+from abc import ABCMeta
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 import torch
+from gradio.component_meta import ComponentMeta
 from gradio.data_classes import ImageData
 
 from app.examples import Example
@@ -103,19 +105,24 @@ def pair_tab(examples: list[Example]) -> None:
     out.click_A.select(_on_click, result, [out.click_A, out.click_B, out.click_text], **cheap)
 
 
-def _upload(label: str) -> gr.Image:
-    name = label.replace(" ", "_").lower()
-    image = gr.Image(
-        label=label, type="filepath", sources=["upload", "clipboard"], height=240, min_width=240, scale=2,
-        elem_id=name, buttons=["fullscreen"], format="png", alt_text=label,
-    )  # fmt: skip
-    # Gradio would open the file with any of Pillow's decoders first; `read_image` is our only door for strange files.
-    image.preprocess = _uploaded_path
-    return image
-
-
-def _uploaded_path(payload: ImageData | None) -> str | None:
+def _uploaded_path(_: gr.Image, payload: ImageData | None) -> str | None:
     return payload.path if payload else None
+
+
+# Gradio's own preprocessing opens an upload with any of Pillow's decoders before we are asked; `read_image` is the only
+# door for strange files. It has to be a class, as gradio makes new components of it during a session, and it is made
+# past gradio's metaclass, which would write a .pyi file beside this one.
+_Upload = cast(
+    type[gr.Image],
+    ABCMeta.__new__(ComponentMeta, "Image", (gr.Image,), {"preprocess": _uploaded_path, "EVENTS": []}),
+)
+
+
+def _upload(label: str) -> gr.Image:
+    return _Upload(
+        label=label, type="filepath", sources=["upload", "clipboard"], height=240, min_width=240, scale=2,
+        elem_id=label.replace(" ", "_").lower(), buttons=["fullscreen"], format="png", alt_text=label,
+    )  # fmt: skip
 
 
 def _pictures() -> tuple[gr.Slider, dict[str, Any]]:
@@ -183,12 +190,12 @@ def _fill(out: _Outputs, found: PairResult, share: float, threshold: float) -> d
         **_on_threshold(out, found, share, threshold),
         out.status: _verdict(found),
         out.results: gr.Column(visible=True),
-        out.certainty: save(colorize(view.certainty, "certainty")),
-        out.error: gr.Image(None if error is None else save(error), visible=error is not None),
+        out.certainty: save("certainty", colorize(view.certainty, "certainty")),
+        out.error: gr.Image(None if error is None else save("error", error), visible=error is not None),
         out.error_legend: gr.HTML(visible=error is not None),
         out.lines: str(lines),
-        out.click_A: save(view.image_A),
-        out.click_B: save(view.image_B),
+        out.click_A: save("click_a", view.image_A),
+        out.click_B: save("click_b", view.image_B),
         out.click_text: _CLICK,
         out.npz: gr.DownloadButton(value=str(found.folder / "match.npz")),
         out.csv: gr.DownloadButton(value=str(found.folder / "matches.csv")),
@@ -208,10 +215,12 @@ def _on_threshold(out: _Outputs, found: PairResult | None, share: float, thresho
     """Everything that depends on which pixels count as certain."""
     with friendly_errors():
         found = _still_here(found)
-        warped = save_picture(found, hatch_uncertain(found.view.warped_B, found.view.certainty >= threshold))
+        warped = save_picture(
+            found, "warped", hatch_uncertain(found.view.warped_B, found.view.certainty >= threshold)
+        )
         return {
             out.blended: _on_blend(found, share, threshold),
-            out.slider: (save_picture(found, found.view.image_A), warped),
+            out.slider: (save_picture(found, "image_a", found.view.image_A), warped),
             out.warped: warped,
             out.table: table(found, threshold),
         }
@@ -220,7 +229,7 @@ def _on_threshold(out: _Outputs, found: PairResult | None, share: float, thresho
 def _on_blend(found: PairResult | None, share: float, threshold: float) -> str:
     with friendly_errors():
         found = _still_here(found)
-        return save_picture(found, blend(found.view, share / 100, threshold))
+        return save_picture(found, "blend", blend(found.view, share / 100, threshold))
 
 
 def _on_click(found: PairResult | None, event: gr.SelectData) -> tuple[str, str, str]:
@@ -234,8 +243,8 @@ def _on_click(found: PairResult | None, event: gr.SelectData) -> tuple[str, str,
         point_B, certainty = match.query(point_A)
         (x_A, y_A), (x_B, y_B) = point_A.tolist(), point_B.tolist()
         return (
-            save_picture(found, mark_point(view.image_A, point_A, match.hw_A)),
-            save_picture(found, mark_point(view.image_B, point_B, match.hw_B)),
+            save_picture(found, "click_a", mark_point(view.image_A, point_A, match.hw_A)),
+            save_picture(found, "click_b", mark_point(view.image_B, point_B, match.hw_B)),
             f"A **({x_A:.1f}, {y_A:.1f})** px → B **({x_B:.1f}, {y_B:.1f})** px, certainty **{certainty:.2f}**",
         )
 

@@ -16,7 +16,7 @@ from app.pair import pair_tab
 MAX_FILE_SIZE = "50mb"
 _CACHE_CHECK_S, _CACHE_AGE_S = 600, 3600  # old files of runs are deleted; they can be made again
 _MAX_WAITING = 20  # jobs in the queue; who comes later is told to try again
-_MAX_SESSIONS = 50  # results kept in memory, some 30 MB each
+_MAX_SESSIONS = 20  # results kept in memory, some 30 MB each
 
 _FONT = ("system-ui", "sans-serif")
 _MONO = ("ui-monospace", "monospace")

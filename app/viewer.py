@@ -50,8 +50,8 @@ class ViewerCfg:
     depth_scale: float = 1.0
     # Larger photos are reduced to this long side in pixels.
     max_side: int = 800
-    # Show at most this many splats in the browser, evenly thinned; fewer for a computer without a graphics card. Our own
-    # rasterizer always draws all of them.
+    # Show at most this many splats in the browser, evenly thinned; fewer for a computer without a graphics card.
+    # Our own rasterizer always draws all of them.
     max_splats: int = 400_000
 
 
@@ -133,7 +133,7 @@ class Painter(threading.Thread):
             sharp = not asked
             try:
                 self._paint(_DRAFT_PX if asked else _FULL_PX)
-            except Exception as error:  # noqa: BLE001 (whatever it is, the visitor reads it and the server lives on)
+            except Exception as error:  # whatever it is, the visitor reads it and the server lives on
                 self._complain(error)
 
 
@@ -211,7 +211,10 @@ class Visitor:
 
     def _paint(self, long_side: int) -> None:
         start = time.perf_counter()
-        camera = scenes.camera_from_viewer(ViewerCamera.of(self.client.camera), self.scene.units, long_side)
+        eye, units = self.client.camera, self.scene.units
+        seen = ViewerCamera.of(eye)
+        self.scene.see_from(scenes.camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
+        camera = scenes.camera_from_viewer(seen, units, long_side)
         mode = _MODES[self._colors.value]
         view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca)
         milliseconds = 1000 * (time.perf_counter() - start)
@@ -248,7 +251,8 @@ def serve(cfg: ViewerCfg, shown: Shown) -> None:
     with scenes.viser_server(cfg.host, cfg.port) as server:
         units = ViewerUnits.fit(shown.gaussians, shown.camera)
         server.scene.set_up_direction("-y")
-        scenes.start_at(server.initial_camera, shown.camera, shown.gaussians, units)
+        scenes.start_at(server.initial_camera, shown.camera, shown.gaussians, units, aspect=1.0)
+        server.gui.main_panel.dock_right()  # beside the scene, not over it
 
         @server.on_client_connect
         def _(client: viser.ClientHandle) -> None:

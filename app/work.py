@@ -123,9 +123,15 @@ def table(result: PairResult, min_certainty: float) -> str:
     return "\n".join(["| measure | value | |", "|---|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def save_picture(result: PairResult, image: Float[Tensor, "h w 3"]) -> str:
-    """Write a PNG with little compression: ten times as fast as gradio's own, so that sliders feel direct."""
-    path = result.folder / f"{uuid.uuid4().hex}.png"
+def save_picture(result: PairResult, name: str, image: Float[Tensor, "h w 3"]) -> str:
+    """Write a PNG with little compression: ten times as fast as gradio's own, so that sliders feel direct.
+
+    The name is new each time, or the browser would show its old copy; a few older ones may still be on their way to it.
+    """
+    older = sorted(result.folder.glob(f"{name}-*.png"), key=lambda path: path.stat().st_mtime_ns)
+    for path in older[:-4]:
+        path.unlink(missing_ok=True)
+    path = result.folder / f"{name}-{uuid.uuid4().hex}.png"
     PIL.Image.fromarray(to_uint8(image)).save(path, compress_level=1)
     return str(path)
 
@@ -155,9 +161,7 @@ def _read(path: str | None, which: str) -> Float[Tensor, "h w 3"]:
     try:
         return read_image(path, max_pixels=MAX_PIXELS)
     except ImageError as error:  # the upload's place on the server tells the user nothing
-        raise ImageError(
-            str(error).replace(str(path), f"image {which} ({Path(path).name})").rstrip(".")
-        ) from error
+        raise ImageError(str(error).replace(str(path), f"image {which} ({Path(path).name})")) from error
 
 
 def _text(value: float | int) -> str:

@@ -158,7 +158,7 @@ def bin_into_tiles(order, tiles, columns, rows):
 def _exp_negative(power):
     """exp(-power) for 0 <= power < 80 to about 2e-7 relative: 2^n times a polynomial (Cephes' expf)."""
     x = -power
-    n = math.floor(x * _LOG2E + np.float32(0.5))
+    n = np.floor(x * _LOG2E + np.float32(0.5))  # np.floor keeps float32; math.floor would make an int64, and doubles of all
     x = x - n * _LN2_HI - n * _LN2_LO
     y = np.float32(1.9875691500e-4)
     y = y * x + np.float32(1.3981999507e-3)

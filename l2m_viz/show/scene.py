@@ -19,6 +19,7 @@ from l2m_viz.data import fit_long_side, to_uint8
 from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError, MissingError
 from l2m_viz.gaussians import Gaussians, rasterize
+from l2m_viz.gaussians.reference import project_gaussians
 from l2m_viz.geometry import (
     Camera,
     invert_pose,
@@ -41,16 +42,21 @@ Pictures = Mapping[str, tuple[Camera, Float[Tensor, "h w 3"]]]
 # viser keeps covariances as float16: below this standard deviation they lose precision, at 1e-4 they are zero.
 SIGMA_MIN, SIGMA_MAX = 0.008, 250.0
 HOLE_ALPHA = 0.5  # a splatted pixel with less accumulated opacity than this counts as a hole
-DISPLAY_SIZE = 1.6  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
+DISPLAY_SIZE = (
+    2.0  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
+)
 _UNIT = 4.0  # viewer units from the camera to the nearest things: keyboard steps and clipping planes fit this size
 _FRUSTUM_DEPTH = 0.1  # of the distance to the nearest things
 _POINT_SIZE = 1e-6  # viewer units; the browser draws no point smaller than one pixel
-_POINT_PUSH = 1.02  # points stand this much farther from the first camera than their splats, which so hide them
+_MAX_DROPPED = 0.2  # of the splats, before points stand in for them
+_NUM_PROBES = 2000
 _FRUSTUM_COLORS = ((230, 120, 20), (40, 110, 220), (40, 160, 80), (170, 60, 170))
 _THUMBNAIL_PX = 400
-_WINDOW_ASPECT = 1.4  # width over height of a browser window, before it is known
 _HATCH_PX = 6
-_HATCH_COLORS = ((0.85, 0.0, 0.75), (0.35, 0.35, 0.35))  # magenta and grey: hardly any photo has them in stripes
+_HATCH_COLORS = (
+    (0.85, 0.0, 0.75),
+    (0.35, 0.35, 0.35),
+)  # magenta and grey: hardly any photo has them in stripes
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def viewer_from_camera(camera: Camera, units: ViewerUnits) -> ViewerCamera:
 def camera_from_viewer(view: ViewerCamera, units: ViewerUnits, long_side: int = 640) -> Camera:
     """Camera that sees exactly the visitor's frame, ``long_side`` px along its longer side.
 
-    Where the aspect is not a ratio of whole pixels, fx differs from fy by the rounding, so that the frame stays the same.
+    Where the aspect is not a ratio of whole pixels, fx differs from fy by the rounding: the frame stays the same.
     """
     width = long_side if view.aspect >= 1 else max(1, round(long_side * view.aspect))
     height = long_side if view.aspect < 1 else max(1, round(long_side / view.aspect))
@@ -160,7 +166,9 @@ def standpoint(camera: Camera, gaussians: Gaussians, units: ViewerUnits, aspect:
     depth = transform_points(camera.w2c, gaussians.means)[:, 2]
     distance = _percentile(depth[depth > 0], 50) if (depth > 0).any() else 1.0
     position, target = (units.per_scene_unit * v for v in (c2w[:3, 3], c2w[:3, 3] + distance * c2w[:3, 2]))
-    return Standpoint(_float64(position), _float64(target), _float64(-c2w[:3, 1]), fov_covering(camera, aspect))
+    return Standpoint(
+        _float64(position), _float64(target), _float64(-c2w[:3, 1]), fov_covering(camera, aspect)
+    )
 
 
 def gaussian_colors(
@@ -181,7 +189,9 @@ def gaussian_colors(
     if mode == "rgb":
         return gaussians.colors.clamp(0, 1)
     if mode == "depth":
-        depth = gaussians.means[:, 2] if camera is None else transform_points(camera.w2c, gaussians.means)[:, 2]
+        depth = (
+            gaussians.means[:, 2] if camera is None else transform_points(camera.w2c, gaussians.means)[:, 2]
+        )
         return colorize(depth[:, None], "depth")[:, 0]
     if mode != "features":
         raise L2MError("colours", expected="'rgb', 'features' or 'depth'", got=repr(mode))
@@ -190,7 +200,9 @@ def gaussian_colors(
     return _feature_colors(gaussians.features, pca)
 
 
-def display_covariances(gaussians: Gaussians, units: ViewerUnits, size: float = 1.0) -> Float[Tensor, "n 3 3"]:
+def display_covariances(
+    gaussians: Gaussians, units: ViewerUnits, size: float = 1.0
+) -> Float[Tensor, "n 3 3"]:
     """Covariances for the browser, in stored units: enlarged by ``size`` and kept where float16 is precise."""
     sigmas = gaussians.scales * (size * units.per_scene_unit * units.storage)
     return replace(gaussians, log_scales=sigmas.clamp(SIGMA_MIN, SIGMA_MAX).log()).covars
@@ -206,20 +218,29 @@ def thin_evenly(means: Float[Tensor, "n 3"], camera: Camera, num: int) -> Int[Te
     points_px, depth = project(transform_points(camera.w2c, means), camera.K)
     layer = (depth.abs().clamp(min=1e-9).log() / math.log(1.05)).floor().long() * 2 + (depth > 0)
     step = math.sqrt(len(means) / num)  # px
-    for _ in range(8):  # two or three do, unless ``num`` is less than there are depths
-        square = (points_px / step).clamp(-1e5, 1e5).floor()
-        column, row = square.long().unbind(dim=1)
-        key, index = torch.unique((column << 42) + (row << 21) + layer, return_inverse=True)
-        if len(key) <= num:
+    cell, off_center = _cells(points_px, layer, step)
+    for _ in range(8):  # two or three do, unless ``num`` is less than there are layers
+        if (count := int(cell.max()) + 1) <= num:
             break
-        step *= 1.01 * math.sqrt(len(key) / num)
-    off_center = (points_px / step - square - 0.5).square().sum(dim=1)
-    by_cell = off_center.argsort()
-    by_cell = by_cell[index[by_cell].argsort(stable=True)]  # cell by cell, the most central point first
-    first = torch.ones(len(by_cell), dtype=torch.bool)
-    first[1:] = index[by_cell].diff() > 0
-    kept = by_cell[first].sort().values
+        step *= 1.01 * math.sqrt(count / num)
+        cell, off_center = _cells(points_px, layer, step)
+    order = off_center.argsort()
+    order = order[cell[order].argsort(stable=True)]  # cell by cell, the most central point first
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = cell[order].diff() > 0
+    kept = order[first].sort().values
     return kept if len(kept) <= num else kept[torch.linspace(0, len(kept) - 1, num).long()]
+
+
+def _cells(
+    points_px: Float[Tensor, "n 2"], layer: Int[Tensor, " n"], step: float
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Number each point's cell, 0 to cells - 1; return it with the squared distance from the cell's centre."""
+    scaled = (points_px / step).clamp(-1e5, 1e5)
+    square = scaled.floor()
+    column, row = square.long().unbind(dim=1)
+    _, cell = torch.unique((column << 42) + (row << 21) + layer, return_inverse=True)
+    return cell, (scaled - square - 0.5).square().sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -286,51 +307,74 @@ class SceneHandle:
         colors: Float[Tensor, "n 3"],
         size: float,
         kept: Int[Tensor, " m"],
-        eye: Float[Tensor, " 3"],
     ) -> None:
-        self._kept = kept
-        self._gaussians, self.units = gaussians.select(self._kept), units
-        self._spread = math.sqrt(len(gaussians) / len(self._kept))
-        gaussians, rgb = self._gaussians, _uint8(colors[self._kept])
+        self.units = units
         self.frusta: dict[str, viser.FrameHandle] = {}
         self.pictures: dict[str, viser.ImageHandle] = {}
+        self._scene, self._kept, self._gaussians = scene, kept, gaussians.select(kept)
+        self._rgb, self._shown, self._points = _uint8(colors[kept]), True, None
+        # Fewer Gaussians fill the same surface, and less evenly.
+        self._spread = 1.2 * math.sqrt(len(gaussians) / len(kept)) if len(kept) < len(gaussians) else 1.0
+        self._size = size * self._spread
         self._splats = scene.add_gaussian_splats(
             "/gaussians/splats",
-            centers=_float32(gaussians.means * (units.per_scene_unit * units.storage)),
-            covariances=_float32(display_covariances(gaussians, units, size * self._spread)),
-            rgbs=rgb,
-            opacities=_float32(gaussians.opacities[:, None]),
+            centers=_float32(self._gaussians.means * (units.per_scene_unit * units.storage)),
+            covariances=_float32(display_covariances(self._gaussians, units, self._size)),
+            rgbs=self._rgb,
+            opacities=_float32(self._gaussians.opacities[:, None]),
             scale=1 / units.storage,
-        )
-        # viser drops a splat when it gets smaller than about half a pixel: the scene would fade away as one steps back.
-        # A point never gets smaller than one pixel, so behind each splat waits a point of its colour.
-        points = eye + _POINT_PUSH * (gaussians.means - eye)
-        self._points = scene.add_point_cloud(
-            "/gaussians/points",
-            points=_float32(points * units.per_scene_unit),
-            colors=rgb,
-            point_size=_POINT_SIZE,
-            point_shading="flat",
-            precision="float32",
         )
 
     def set_colors(self, rgb: Float[Tensor, "n 3"]) -> None:
         """Recolour the scene: one RGB for each Gaussian that `build_scene` was given."""
-        self._splats.rgbs = self._points.colors = _uint8(rgb[self._kept])
+        self._splats.rgbs = self._rgb = _uint8(rgb[self._kept])
+        if self._points is not None:
+            self._points.colors = self._rgb
 
     def set_size(self, size: float) -> None:
         """Set the display size of the splats, times their true scale."""
-        covariances = display_covariances(self._gaussians, self.units, size * self._spread)
-        self._splats.covariances = _float32(covariances)
+        self._size = size * self._spread
+        self._splats.covariances = _float32(display_covariances(self._gaussians, self.units, self._size))
 
     def show_gaussians(self, visible: bool) -> None:
         """Show or hide the splats."""
-        self._splats.visible = self._points.visible = visible
+        self._shown = self._splats.visible = visible
+        if self._points is not None:
+            self._points.visible = False
 
     def show_frusta(self, visible: bool) -> None:
         """Show or hide the cameras."""
         for frustum in self.frusta.values():
             frustum.visible = visible
+
+    def see_from(self, camera: Camera) -> None:
+        """Keep the scene visible from a far camera, whose pixels are the browser's.
+
+        viser drops a splat once it is smaller than about half a pixel: the scene would fade away as one steps back. A
+        point is never smaller than one pixel, so from there on each splat gets a point of its colour.
+        """
+        needed = self._shown and self.dropped_share(camera) > _MAX_DROPPED
+        if needed and self._points is None:
+            self._points = self._scene.add_point_cloud(
+                "/gaussians/points",
+                points=_float32(self._gaussians.means * self.units.per_scene_unit),
+                colors=self._rgb,
+                point_size=_POINT_SIZE,
+                point_shading="flat",
+                precision="float32",
+            )
+        if self._points is not None and self._points.visible != needed:
+            self._points.visible = needed
+
+    def dropped_share(self, camera: Camera) -> float:
+        """Share of the splats before the camera that the browser drops: opacity * det(Sigma' + 0.3 I) < 0.25 px^4."""
+        probe = self._gaussians.select(torch.linspace(0, len(self._kept) - 1, _NUM_PROBES).long())
+        probe = replace(probe, log_scales=probe.log_scales + math.log(self._size))
+        screen = project_gaussians(probe, camera, near=0.0, far=math.inf, eps2d=0.3)
+        xx, xy, yy = screen.conics.unbind(dim=1)
+        determinant = 1 / (xx * yy - xy * xy)
+        dropped = screen.visible & (probe.opacities * determinant < 0.25)
+        return (dropped.sum() / screen.visible.sum().clamp(min=1)).item()
 
 
 def build_scene(
@@ -362,19 +406,28 @@ def build_scene(
         target.scene.set_up_direction("-y")
     rgb = gaussian_colors(gaussians, colors, pca, camera) if isinstance(colors, str) else colors
     kept = thin_evenly(gaussians.means, camera, max_gaussians)
-    handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept, camera.center)
+    handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept)
     depth = _FRUSTUM_DEPTH * _UNIT
     for index, (name, (view, image)) in enumerate(pictures.items()):
         color = _FRUSTUM_COLORS[index % len(_FRUSTUM_COLORS)]
-        handle.frusta[name], handle.pictures[name] = _add_frustum(target.scene, name, view, image, units, depth, color)
+        handle.frusta[name], handle.pictures[name] = _add_frustum(
+            target.scene, name, view, image, units, depth, color
+        )
     return handle
 
 
 def start_at(
-    initial_camera: "viser.InitialCameraConfig", camera: Camera, gaussians: Gaussians, units: ViewerUnits
+    initial_camera: "viser.InitialCameraConfig",
+    camera: Camera,
+    gaussians: Gaussians,
+    units: ViewerUnits,
+    aspect: float = 1.4,
 ) -> None:
-    """Let every visitor begin, and begin again with "Reset View", at a camera."""
-    stand = standpoint(camera, gaussians, units, _WINDOW_ASPECT)
+    """Let every visitor begin, and begin again with "Reset View", at a camera.
+
+    ``aspect`` is width over height of windows like theirs; narrower ones do not show the whole image at first.
+    """
+    stand = standpoint(camera, gaussians, units, aspect)
     initial_camera.position, initial_camera.look_at = stand.position, stand.look_at
     initial_camera.up, initial_camera.fov = stand.up, stand.fov
     # Who stands in a camera must see past its frustum: the near plane cuts it away. (It must stay under 1 unit, where
@@ -497,12 +550,17 @@ def _add_frustum(
     (fx, _, cx), (_, fy, cy), _ = camera.K.tolist()
     width, height = camera.width * depth / fx, camera.height * depth / fy
     left, top = -cx * depth / fx, -cy * depth / fy
-    corners = np.array([[left + i * width, top + j * height, depth] for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))])
+    corners = np.array(
+        [[left + i * width, top + j * height, depth] for i, j in ((0, 0), (1, 0), (1, 1), (0, 1))]
+    )
     rim = np.stack([corners, np.roll(corners, -1, axis=0)], axis=1)  # [4 2 3]
     spokes = np.stack([np.zeros_like(corners), corners], axis=1)
     frame = scene.add_frame(f"/cameras/{name}", show_axes=False, wxyz=pose.wxyz, position=pose.position)
     scene.add_line_segments(
-        f"/cameras/{name}/edges", np.concatenate([rim, spokes]).astype(np.float32), color, thickness=depth / 60
+        f"/cameras/{name}/edges",
+        np.concatenate([rim, spokes]).astype(np.float32),
+        color,
+        thickness=depth / 60,
     )
     picture = scene.add_image(
         f"/cameras/{name}/picture",
@@ -513,7 +571,9 @@ def _add_frustum(
         cast_shadow=False,
         receive_shadow=False,
     )
-    scene.add_label(f"/cameras/{name}/name", name, position=(left + width / 2, top, depth), anchor="bottom-center")
+    scene.add_label(
+        f"/cameras/{name}/name", name, position=(left + width / 2, top, depth), anchor="bottom-center"
+    )
     return frame, picture
 
 

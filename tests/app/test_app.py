@@ -181,6 +181,18 @@ def test_click_answers_in_pixels_of_the_originals(tmp_path):
         assert ((x + 0.5).mean(), (y + 0.5).mean()) == pytest.approx(point, abs=0.6)
 
 
+def test_a_long_drag_does_not_fill_the_disk(tmp_path):
+    known = Match(
+        torch.zeros(9, 16, 2), torch.ones(9, 16), torch.zeros(9, 16, 2), torch.ones(9, 16), (9, 16), (9, 16)
+    )
+    view = work.view_pair(torch.zeros(9, 16, 3), torch.ones(9, 16, 3), known)
+    result = work.PairResult(view, known, 0, known.sample(0), 0.0, None, {}, tmp_path)
+    for share in range(30):
+        path = Path(pair._on_blend(result, share, 0.5))
+        assert rgb(path) == pytest.approx(share / 100, abs=1 / 255)
+    assert len(list(tmp_path.glob("*.png"))) <= 5
+
+
 def test_truth_of_the_turned_example():
     photo = load_sample("astronaut").image_A
     image_B, truth = turned(photo)

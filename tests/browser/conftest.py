@@ -50,6 +50,16 @@ def page(browser):
 @pytest.fixture
 def serve() -> Iterator[Callable[[str], str]]:
     """Start `python -m MODULE --port N` from the project's root and return its address when it answers."""
+    yield from _servers()
+
+
+@pytest.fixture(scope="module")
+def serve_once() -> Iterator[Callable[[str], str]]:
+    """As `serve`, for servers that all tests of a file share."""
+    yield from _servers()
+
+
+def _servers() -> Iterator[Callable[[str], str]]:
     running: list[subprocess.Popen] = []
 
     def start(module: str, *args: str) -> str:

@@ -1,0 +1,60 @@
+"""The splatter at the sizes of a lifted photo: 512x512 px, 262,144 Gaussians, 3 colour and 32 feature channels."""
+
+import pytest
+import torch
+
+from l2m_viz.data import load_sample, resize_image
+from l2m_viz.gaussians import Gaussians, gaussians_from_depth, rasterize
+from l2m_viz.geometry import Camera, intrinsics
+from l2m_viz.lifting import Depth, lift
+
+
+def _scene(side: int, num_features: int) -> tuple[Gaussians, Camera]:
+    image = resize_image(load_sample("astronaut").image_A, (side, side))
+    generator = torch.Generator().manual_seed(0)
+    rough = torch.rand(1, 1, 8, 8, generator=generator)
+    depth = 2 + torch.nn.functional.interpolate(rough, (side, side), mode="bicubic")[0, 0]
+    features = torch.randn(side, side, num_features, generator=generator) if num_features else None
+    K = intrinsics(float(side), (side, side))
+    pose = torch.eye(4)
+    pose[0, 3] = -0.1 * 2.5  # a tenth of the focal length, in units of the middle depth
+    return gaussians_from_depth(image, depth, K, features), Camera(K, pose, side, side)
+
+
+@pytest.mark.parametrize(("side", "num_features"), [(512, 32), (512, 0), (256, 0)])
+def bench_forward(in_units, side, num_features):
+    """Projection, ordering and compositing."""
+    gaussians, camera = _scene(side, num_features)
+    n, channels = len(gaussians), 3 + num_features
+    moved = 4 * (n * (11 + channels) + side * side * (channels + 2))
+    flops = 2 * n * 9 * (channels + 1)  # about nine pixels over 1/255 each
+    in_units(f"forward {side}^2, {num_features} features", lambda: rasterize(gaussians, camera), moved=moved, flops=flops)
+
+
+def bench_forward_and_backward(in_units):
+    """Both passes, gradients to every parameter."""
+    gaussians, camera = _scene(512, 32)
+    names = ("means", "quats", "log_scales", "logit_opacities", "colors", "features")
+    leaves = [getattr(gaussians, name).clone().requires_grad_() for name in names]
+    n, pixels, channels = len(gaussians), 512 * 512, 35
+    moved = 4 * (3 * n * (11 + channels) + 3 * pixels * (channels + 2))
+
+    def step():
+        render = rasterize(Gaussians(*leaves), camera)
+        loss = render.color.sum() + render.features.sum() + render.alpha.sum()
+        return torch.autograd.grad(loss, leaves)
+
+    in_units("forward and backward 512^2, 32 features", step, moved=moved, flops=3 * 2 * n * 9 * (channels + 1))
+
+
+def bench_mesh_render(in_units):
+    """522,000 triangles through the z-buffer."""
+    image = resize_image(load_sample("astronaut").image_A, (512, 512))
+    generator = torch.Generator().manual_seed(0)
+    depth = 2 + torch.nn.functional.interpolate(torch.rand(1, 1, 8, 8, generator=generator), (512, 512), mode="bicubic")
+    K = intrinsics(512.0, (512, 512))
+    scene = lift(image, Depth(depth[0, 0], torch.ones(512, 512, dtype=torch.bool), "relative", "random"), K)
+    pose = torch.eye(4)
+    pose[0, 3] = -0.25
+    camera = Camera(K, pose, 512, 512)
+    in_units("mesh render 512^2", lambda: scene.render(camera), moved=4 * 512 * 512 * (7 + 5))
