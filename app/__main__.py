@@ -33,8 +33,14 @@ def main() -> None:
         demo = launch(cfg.host, cfg.port, inbrowser=cfg.inbrowser)
         print(f"Lift to Match: {demo.local_url} (Ctrl-C ends it)", flush=True)
         demo.block_thread()
-    except (L2MError, OSError) as error:
+    except L2MError as error:
         print(f"app: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError:  # gradio's text names parameters that a command line has not
+        print(
+            f"app: cannot listen on {cfg.host}:{cfg.port}. Choose another --port (or --host).",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

@@ -279,7 +279,8 @@ def main() -> None:
     try:
         serve(cfg, load(cfg))
     except L2MError as error:
-        sys.exit(f"viewer: {error}")
+        print(f"viewer: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

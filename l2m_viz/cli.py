@@ -31,7 +31,9 @@ def demo(cfg: Annotated[DemoCfg, tyro.conf.arg(name="")]) -> None:
 
 
 @app.command
-def match(image_a: _Path, image_b: _Path, matcher: str = "dis", out: Path = Path("outputs/match"), num: int = 5000) -> None:
+def match(
+    image_a: _Path, image_b: _Path, matcher: str = "dis", out: Path = Path("outputs/match"), num: int = 5000
+) -> None:
     """Match two images: warp and certainty as npz, sampled matches as CSV, pictures.
 
     Args:

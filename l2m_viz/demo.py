@@ -185,7 +185,9 @@ def _lift_stage(job: _Job, cfg: DemoCfg) -> tuple[LiftedScene, View, _Stage]:
     shown = [Number("covered part of the new view", numbers["lift_filled"])]
     pictures = [
         Panel("photo A", job.image_A),
-        Panel(f"depth ({job.depth.method})", job.depth.depth, "depth", job.depth.valid_mask, _unit(job.depth)),
+        Panel(
+            f"depth ({job.depth.method})", job.depth.depth, "depth", job.depth.valid_mask, _unit(job.depth)
+        ),
         Panel("A rendered into camera B", view.image, mask=filled),
     ]
     if job.image_B is not None:
@@ -193,13 +195,21 @@ def _lift_stage(job: _Job, cfg: DemoCfg) -> tuple[LiftedScene, View, _Stage]:
         numbers["lift_ssim"] = ssim(view.image, job.image_B, filled)
         shown += [
             Number("PSNR against the real photo B", numbers["lift_psnr_db"], "dB", "over the covered pixels"),
-            Number("SSIM against the real photo B", numbers["lift_ssim"], "", "over windows that are wholly covered"),
+            Number(
+                "SSIM against the real photo B",
+                numbers["lift_ssim"],
+                "",
+                "over windows that are wholly covered",
+            ),
         ]
         error = (view.image - job.image_B).abs().mean(dim=-1)
-        pictures += [Panel("real photo B", job.image_B), Panel("difference", error, "error", filled, "mean |RGB|")]
+        pictures += [
+            Panel("real photo B", job.image_B),
+            Panel("difference", error, "error", filled, "mean |RGB|"),
+        ]
     guess = "" if job.depth.method != "prior" else (
-        " The depth is a guess from position, segments and sky, made offline without any learned weights: the geometry is"
-        " plausible at best. Give a depth file for a true one."
+        " The depth is a guess from position, segments and sky, made offline without any learned weights: the"
+        " geometry is plausible at best. Give a depth file for a true one."
     )  # fmt: skip
     text = (
         "One mesh vertex a pixel, no triangle across a depth discontinuity, rendered with a z-buffer. Grey pixels are"
@@ -207,7 +217,9 @@ def _lift_stage(job: _Job, cfg: DemoCfg) -> tuple[LiftedScene, View, _Stage]:
     )
     write_image(cfg.out / "mesh_view.png", view.image)
     scene.save(cfg.out / "scene.npz")
-    figure = _figure(cfg, "lift", figures.panels(*pictures), "The photo, its depth, and the lifted scene from camera B.")
+    figure = _figure(
+        cfg, "lift", figures.panels(*pictures), "The photo, its depth, and the lifted scene from camera B."
+    )
     return scene, view, _Stage(Section("1. Lift", text, shown, [figure]), numbers)
 
 
@@ -220,7 +232,9 @@ def _splat_stage(job: _Job, scene: LiftedScene, camera_B: Camera, cfg: DemoCfg) 
     numbers = {"num_gaussians": float(len(gaussians))}
     shown = [Number("Gaussians", len(gaussians)), Number("feature channels", NUM_FEATURES)]
     if job.image_B is not None:
-        numbers["splat_psnr_db"] = psnr(render.color, job.image_B, scene.render(camera_B).hole_mask.logical_not())
+        numbers["splat_psnr_db"] = psnr(
+            render.color, job.image_B, scene.render(camera_B).hole_mask.logical_not()
+        )
         note = "over the pixels that the mesh covers"
         shown.append(Number("PSNR against the real photo B", numbers["splat_psnr_db"], "dB", note))
     pictures = figures.panels(
@@ -230,13 +244,19 @@ def _splat_stage(job: _Job, scene: LiftedScene, camera_B: Camera, cfg: DemoCfg) 
         Panel("features of photo A (PCA)", _photo_feature_colors(job.image_A, pca)),
         Panel("splatted features (same PCA)", pca.colors(render.features), mask=drawn),
     )
-    caption = "The Gaussians from camera B. Equal colour means equal feature in the photo and in 3D: one PCA basis."
+    caption = (
+        "The Gaussians from camera B. Equal colour means equal feature in the photo and in 3D: one PCA basis."
+    )
     animation = _orbit(gaussians, pca, scene, cfg)
     gaussians.save(cfg.out / "gaussians.npz")
     pca.save(cfg.out / "pca.npz")
-    moving = Picture(animation, "A short orbit: colour and feature colours, splatted on the CPU.", "image/webp")
+    moving = Picture(
+        animation, "A short orbit: colour and feature colours, splatted on the CPU.", "image/webp"
+    )
     text = "One flat Gaussian a pixel, as wide as the pixel's footprint on the surface, carrying colour and features."
-    return _Stage(Section("2. Splat", text, shown, [_figure(cfg, "splat", pictures, caption), moving]), numbers)
+    return _Stage(
+        Section("2. Splat", text, shown, [_figure(cfg, "splat", pictures, caption), moving]), numbers
+    )
 
 
 def feature_gaussians(
@@ -265,7 +285,9 @@ def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoC
         both = torch.cat([render.color, pca.colors(render.features) * visible], dim=1)
         frames.append(Image.fromarray(to_uint8(both)))
     buffer = io.BytesIO()
-    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=70, method=2)
+    frames[0].save(
+        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=70, method=2
+    )
     with atomic_write(cfg.out / "orbit.webp") as file:
         file.write(buffer.getvalue())
     return buffer.getvalue()
@@ -289,15 +311,23 @@ def _match_stage(job: _Job, scene: LiftedScene, view_B: View, cfg: DemoCfg) -> _
         shown += [
             Number(f"{name}: median end-point error", measured["epe_px"], "px", "over covisible pixels"),
             *(Number(f"{name}: PCK@{t}", measured[f"pck{t}"], "", f"share under {t} px") for t in (1, 3, 5)),
-            Number(f"{name}: average precision of certainty", measured["ap"], "", "covisible and right within 10 px"),
+            Number(
+                f"{name}: average precision of certainty",
+                measured["ap"],
+                "",
+                "covisible and right within 10 px",
+            ),
             Number(f"{name}: overlap", match.overlap, "", "mean certainty"),
         ]
         pictures.append(_match_figure(cfg, name, job.image_A, image_B, match, warp, covisible))
         matches = match.sample(300, torch.Generator().manual_seed(0))
         lines = figures.matches(job.image_A, image_B, matches, title=f"{name}: {len(matches)} of its matches")
-        pictures.append(_figure(cfg, f"lines_{name}", lines, f"{name}: sampled matches, coloured by certainty."))
+        pictures.append(
+            _figure(cfg, f"lines_{name}", lines, f"{name}: sampled matches, coloured by certainty.")
+        )
     real = "the real photo B" if job.image_B is not None else "the rendered view B (its holes are black)"
-    text = f"Photo A against {real}; the truth comes from {'measured disparity' if job.warp is not None else 'the lifted depth'}."
+    truth = "the lifted depth" if job.warp is None else "measured disparity"
+    text = f"Photo A against {real}; the truth comes from {truth}."
     return _Stage(Section("3. Match", text, shown, pictures), numbers)
 
 
@@ -335,7 +365,9 @@ def _match_figure(
         Panel("certainty", certainty, "certainty", label="certainty"),
         Panel("end-point error", error, "error", covisible, "px", limits=(0.0, 5.0)),
     )
-    caption = f"{name}: B warped into A, its certainty, and the error against the truth (grey: not covisible)."
+    caption = (
+        f"{name}: B warped into A, its certainty, and the error against the truth (grey: not covisible)."
+    )
     return _figure(cfg, f"match_{name}", figure, caption)
 
 

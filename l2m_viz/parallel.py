@@ -15,7 +15,7 @@ _TURN = threading.Lock()
 _THREAD_SAFE_LAYERS = frozenset({"omp", "tbb"})
 
 
-def run_kernel(kernel: Callable[..., Any], *args: Any) -> Any:
+def run_kernel(kernel: Callable[..., Any], *args: object) -> Any:  # noqa: ANN401 (whatever the kernel returns)
     """Call a parallel numba kernel; safe from any number of threads."""
     if _layer() in _THREAD_SAFE_LAYERS:
         return kernel(*args)
@@ -30,6 +30,6 @@ def num_threads() -> int:
 
 def _layer() -> str | None:
     try:
-        return numba.threading_layer()
+        return numba.threading_layer()  # pyright: ignore[reportPrivateImportUsage]
     except ValueError:  # nothing parallel has run yet
         return None

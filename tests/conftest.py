@@ -11,12 +11,12 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # tests talk to nobody
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import pytest  # noqa: E402 (after the environment is set)
+import pytest
 
 
 @pytest.fixture
 def unchecked():
-    """Switch jaxtyping's shape checks off, as in a user's process, so that our own error messages are what is tested."""
+    """Switch jaxtyping's shape checks off, as in a user's process: our own error messages are what is tested."""
     from jaxtyping import config
 
     config.update("jaxtyping_disable", True)

@@ -6,14 +6,55 @@ import sys
 import l2m_viz
 
 # A change here is a change for users: make it on purpose, and write it into the README.
-NAMES = """
-    Camera DemoResult Depth Encoder FeaturePCA FileFormatError Gaussians ImageError L2MError LiftedScene Match Matcher
-    Matches MissingError Render Sample ShapeError View ViewSamplerCfg estimate_depth gaussians_from_depth lift
-    list_matchers list_samples load_encoder load_matcher load_sample rasterize read_depth read_image run_demo
-    sample_cameras warp_from_depth write_image
-""".split()
+NAMES = [
+    "Camera",
+    "DemoResult",
+    "Depth",
+    "Encoder",
+    "FeaturePCA",
+    "FileFormatError",
+    "Gaussians",
+    "ImageError",
+    "L2MError",
+    "LiftedScene",
+    "Match",
+    "Matcher",
+    "Matches",
+    "MissingError",
+    "Render",
+    "Sample",
+    "ShapeError",
+    "View",
+    "ViewSamplerCfg",
+    "estimate_depth",
+    "gaussians_from_depth",
+    "lift",
+    "list_matchers",
+    "list_samples",
+    "load_encoder",
+    "load_matcher",
+    "load_sample",
+    "rasterize",
+    "read_depth",
+    "read_image",
+    "run_demo",
+    "sample_cameras",
+    "warp_from_depth",
+    "write_image",
+]
 
-HEAVY = ("torch", "gradio", "viser", "gsplat", "transformers", "diffusers", "ray", "onnxruntime", "cv2", "matplotlib")
+HEAVY = (
+    "torch",
+    "gradio",
+    "viser",
+    "gsplat",
+    "transformers",
+    "diffusers",
+    "ray",
+    "onnxruntime",
+    "cv2",
+    "matplotlib",
+)
 
 
 def test_the_names_are_these():
@@ -24,7 +65,10 @@ def test_the_names_are_these():
 
 def _modules_after(code: str) -> set[str]:
     shown = subprocess.run(
-        [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return set(shown.stdout.split())
 

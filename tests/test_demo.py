@@ -38,7 +38,10 @@ def test_the_report_holds_every_number_and_picture_and_fetches_nothing(result):
     assert "data:image/webp" in text
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
     assert f"{result.numbers['lift_psnr_db']:.4g}" in text
-    assert json.loads((result.report.parent / "numbers.json").read_text())["dis_pck1"] == result.numbers["dis_pck1"]
+    assert (
+        json.loads((result.report.parent / "numbers.json").read_text())["dis_pck1"]
+        == result.numbers["dis_pck1"]
+    )
 
 
 def test_the_files_load_again(result):
@@ -67,7 +70,11 @@ def test_own_photo_with_depth_of_another_size(tmp_path):
     write_image(tmp_path / "photo.png", sample.image_A)
     np.save(tmp_path / "depth.npy", torch.where(sample.valid_A, sample.depth_A, torch.nan)[::2, ::2].numpy())
     cfg = DemoCfg(
-        out=tmp_path / "out", image=tmp_path / "photo.png", depth=tmp_path / "depth.npy", max_side=200, orbit_frames=2
+        out=tmp_path / "out",
+        image=tmp_path / "photo.png",
+        depth=tmp_path / "depth.npy",
+        max_side=200,
+        orbit_frames=2,
     )
     result = run_demo(cfg)
     assert "guess" not in result.report.read_text()

@@ -27,7 +27,9 @@ class Encoder(ABC):
             ShapeError: the image is not (H, W, 3).
         """
         if image.ndim != 3 or image.shape[-1] != 3:
-            raise ShapeError(f"encoder '{self.name}'", expected="image (H, W, 3)", got=str(tuple(image.shape)))
+            raise ShapeError(
+                f"encoder '{self.name}'", expected="image (H, W, 3)", got=str(tuple(image.shape))
+            )
         height, width = (-(-side // self.stride) * self.stride for side in image.shape[:2])
         return self._encode(resize_image(image, (height, width)))
 

@@ -40,7 +40,11 @@ class FeaturePCA(Saved):
         """
         rows = features.reshape(-1, features.shape[-1])
         if min(rows.shape) < num_components:
-            raise ShapeError("FeaturePCA", expected=f"at least {num_components} rows and channels", got=str(tuple(rows.shape)))
+            raise ShapeError(
+                "FeaturePCA",
+                expected=f"at least {num_components} rows and channels",
+                got=str(tuple(rows.shape)),
+            )
         rows = rows[:: -(-len(rows) // _MAX_ROWS)]
         mean = rows.mean(dim=0)
         variance, vectors = torch.linalg.eigh(torch.cov(rows.T))  # ascending

@@ -61,14 +61,16 @@ def ssim(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], mask: Boo
     from skimage.metrics import structural_similarity
 
     window = 7
-    whole = binary_erosion(mask.numpy(), np.ones((window, window)))
+    whole = np.asarray(binary_erosion(mask.numpy(), np.ones((window, window))), bool)
     _require_some(torch.from_numpy(whole[whole]), "ssim")
-    _, local = structural_similarity(
+    local = structural_similarity(
         image.numpy(), truth.numpy(), win_size=window, channel_axis=2, data_range=1.0, full=True
-    )
-    return float(local[whole].mean())
+    )[1]
+    return float(np.asarray(local)[whole].mean())
 
 
 def _require_some(values: Tensor, name: str) -> None:
     if len(values) == 0:
-        raise L2MError(name, expected="at least one pixel", got="none", todo="the mask is empty; check the overlap")
+        raise L2MError(
+            name, expected="at least one pixel", got="none", todo="the mask is empty; check the overlap"
+        )

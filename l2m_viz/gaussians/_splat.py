@@ -16,7 +16,7 @@ import numpy as np
 from l2m_viz.gaussians.reference import FRUSTUM_MARGIN, MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE
 
 TILE = 16
-# Columns of the projected Gaussians: centre, conic, opacity, largest power with alpha >= MIN_ALPHA, half extents, depth.
+# Columns of the projected Gaussians; MAX_POWER is the largest power with alpha >= MIN_ALPHA.
 MEAN_X, MEAN_Y, CONIC_XX, CONIC_XY, CONIC_YY, OPACITY, MAX_POWER, EXTENT_X, EXTENT_Y, DEPTH = range(10)
 NUM_COLUMNS = 10
 _FAST = {"contract", "nsz", "arcp"}  # fused multiply-add and reciprocals; NaN and infinity keep their meaning
@@ -94,7 +94,11 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
         if not (left < right and top < bottom):
             continue
         screen[i, MEAN_X], screen[i, MEAN_Y] = u, v
-        screen[i, CONIC_XX], screen[i, CONIC_XY], screen[i, CONIC_YY] = yy * inverse, -xy * inverse, xx * inverse
+        screen[i, CONIC_XX], screen[i, CONIC_XY], screen[i, CONIC_YY] = (
+            yy * inverse,
+            -xy * inverse,
+            xx * inverse,
+        )
         screen[i, OPACITY], screen[i, MAX_POWER] = opacity, max_power
         screen[i, EXTENT_X], screen[i, EXTENT_Y], screen[i, DEPTH] = extent_x, extent_y, z
         tiles[i, 0], tiles[i, 1] = int(left) // TILE, int(top) // TILE
@@ -158,7 +162,9 @@ def bin_into_tiles(order, tiles, columns, rows):
 def _exp_negative(power):
     """exp(-power) for 0 <= power < 80 to about 2e-7 relative: 2^n times a polynomial (Cephes' expf)."""
     x = -power
-    n = np.floor(x * _LOG2E + np.float32(0.5))  # np.floor keeps float32; math.floor would make an int64, and doubles of all
+    n = np.floor(
+        x * _LOG2E + np.float32(0.5)
+    )  # np.floor keeps float32; math.floor would make an int64, and doubles of all
     x = x - n * _LN2_HI - n * _LN2_LO
     y = np.float32(1.9875691500e-4)
     y = y * x + np.float32(1.3981999507e-3)
@@ -172,7 +178,9 @@ def _exp_negative(power):
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
-def composite_tiles(start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance, last):
+def composite_tiles(
+    start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance, last
+):
     """Blend front to back into color (H, W, 3), feature (H, W, D), depth (H, W); all zero, transmittance one, at entry.
 
     ``depth`` becomes the sum of weight times z; the caller divides by alpha. ``last`` (H, W), -1 at entry, becomes the

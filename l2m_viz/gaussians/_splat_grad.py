@@ -31,7 +31,9 @@ from l2m_viz.gaussians._splat import (
 )
 
 # Columns of the gradient by a projected Gaussian, in the order of `_splat`'s columns, then its colour.
-GRAD_X, GRAD_Y, GRAD_XX, GRAD_XY, GRAD_YY, GRAD_OPACITY, GRAD_DEPTH, GRAD_RED, GRAD_GREEN, GRAD_BLUE = range(10)
+GRAD_X, GRAD_Y, GRAD_XX, GRAD_XY, GRAD_YY, GRAD_OPACITY, GRAD_DEPTH, GRAD_RED, GRAD_GREEN, GRAD_BLUE = range(
+    10
+)
 NUM_GRADS = 10
 
 

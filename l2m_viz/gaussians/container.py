@@ -12,7 +12,9 @@ from l2m_viz.data.files import Saved
 from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.geometry import rotation_from_quat
 
-OPACITY_LIMIT = 1 - 1e-6  # logit(1) is infinite; this close to it, alpha is capped at 0.999 by the rasterizer anyway
+OPACITY_LIMIT = (
+    1 - 1e-6
+)  # logit(1) is infinite; this close to it, alpha is capped at 0.999 by the rasterizer anyway
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Gaussians(Saved):
 
     def __post_init__(self) -> None:
         n = len(self.means)
-        expected = {"means": (n, 3), "quats": (n, 4), "log_scales": (n, 3), "logit_opacities": (n,), "colors": (n, 3)}
+        expected = {
+            "means": (n, 3),
+            "quats": (n, 4),
+            "log_scales": (n, 3),
+            "logit_opacities": (n,),
+            "colors": (n, 3),
+        }
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 got = str(tuple(getattr(self, name).shape))
@@ -51,13 +59,21 @@ class Gaussians(Saved):
         for name, ndim in (("features", 2), ("sh_rest", 3)):
             value = getattr(self, name)
             if value is not None and (value.ndim != ndim or len(value) != n):
-                raise ShapeError(f"Gaussians.{name}", expected=f"{n} rows, {ndim} axes", got=str(tuple(value.shape)))
+                raise ShapeError(
+                    f"Gaussians.{name}", expected=f"{n} rows, {ndim} axes", got=str(tuple(value.shape))
+                )
         if n == 0:
-            raise ShapeError("Gaussians", expected="at least one", got="none", todo="check the mask that chose them")
+            raise ShapeError(
+                "Gaussians", expected="at least one", got="none", todo="check the mask that chose them"
+            )
         for name, value in self._tensors().items():
-            bad = n - int(torch.isfinite(value.detach()).flatten(1 if value.ndim > 1 else 0).reshape(n, -1).all(1).sum())
+            bad = n - int(
+                torch.isfinite(value.detach()).flatten(1 if value.ndim > 1 else 0).reshape(n, -1).all(1).sum()
+            )
             if bad:
-                raise L2MError(f"Gaussians.{name}", expected="finite values", got=f"NaN or infinity in {bad} of {n} rows")
+                raise L2MError(
+                    f"Gaussians.{name}", expected="finite values", got=f"NaN or infinity in {bad} of {n} rows"
+                )
         if (zero := int((self.quats.detach().abs().amax(dim=1) == 0).sum())) > 0:
             raise L2MError("Gaussians.quats", expected="non-zero quaternions", got=f"{zero} zero rows of {n}")
 

@@ -20,7 +20,13 @@ def render(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d:
     features = gaussians.features
     if features is None:
         features = gaussians.means.new_zeros(len(gaussians), 0)
-    parameters = (gaussians.means, gaussians.quats, gaussians.log_scales, gaussians.logit_opacities, gaussians.colors)
+    parameters = (
+        gaussians.means,
+        gaussians.quats,
+        gaussians.log_scales,
+        gaussians.logit_opacities,
+        gaussians.colors,
+    )
     color, feature, depth, alpha = _Splat.apply(*parameters, features, view)  # pyright: ignore[reportGeneralTypeIssues]
     return color, None if gaussians.features is None else feature, depth, alpha
 
@@ -46,12 +52,26 @@ class _Splat(torch.autograd.Function):
         screen, tiles = np.empty((n, _splat.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
         limits = map(np.float32, (view.near, view.far, view.eps2d))
         run_kernel(
-            _splat.project_gaussians, means, quats, log_scales, logits, view.w2c, view.K, hw, *limits, screen, tiles
+            _splat.project_gaussians,
+            means,
+            quats,
+            log_scales,
+            logits,
+            view.w2c,
+            view.K,
+            hw,
+            *limits,
+            screen,
+            tiles,
         )
         columns, rows = -(-hw[1] // _splat.TILE), -(-hw[0] // _splat.TILE)
         start, indices = _splat.bin_into_tiles(_splat.order_by_depth(screen, tiles), tiles, columns, rows)
         color, feature = np.zeros((*hw, 3), np.float32), np.zeros((*hw, features.shape[1]), np.float32)
-        depth, transmittance, last = np.zeros(hw, np.float32), np.ones(hw, np.float32), np.full(hw, -1, np.int32)
+        depth, transmittance, last = (
+            np.zeros(hw, np.float32),
+            np.ones(hw, np.float32),
+            np.full(hw, -1, np.int32),
+        )
         run_kernel(
             _splat.composite_tiles, start, indices, screen, colors, features, columns, rows,
             color, feature, depth, transmittance, last,
@@ -86,7 +106,10 @@ class _Splat(torch.autograd.Function):
             g_means, g_quats, g_log_scales, g_logits,
         )  # fmt: skip
         g_colors = np.ascontiguousarray(grad[:, _splat_grad.GRAD_RED :])
-        return (*map(torch.from_numpy, (g_means, g_quats, g_log_scales, g_logits, g_colors, g_features)), None)
+        return (
+            *map(torch.from_numpy, (g_means, g_quats, g_log_scales, g_logits, g_colors, g_features)),
+            None,
+        )
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -36,8 +36,8 @@ def gaussians_from_depth(
 ) -> Gaussians:
     """Make one Gaussian a valid pixel: a flat disc on the surface that covers the pixel's footprint.
 
-    The disc's two axes are the steps that the surface point takes from one pixel to the next, so that it projects back to
-    the same small circle from the photo's camera however the surface is slanted. Where neighbours lie on another
+    The disc's two axes are the steps that the surface point takes from one pixel to the next, so that it projects back
+    to the same small circle from the photo's camera however the surface is slanted. Where neighbours lie on another
     surface, the step is taken on the side that changes depth least.
 
     Args:
@@ -82,7 +82,7 @@ def _surface_step(
     pixel_width: Tensor,
     max_slope: float,
 ) -> Float[Tensor, "h w 3"]:
-    """dP of one pixel along ``axis`` (0 down, 1 right): dz from the smaller one-sided difference, clamped."""
+    """Step dP of one pixel along ``axis`` (0 down, 1 right): dz from the smaller one-sided difference, clamped."""
     known = valid.narrow(axis, 1, z.shape[axis] - 1) & valid.narrow(axis, 0, z.shape[axis] - 1)
     difference = torch.where(known, z.diff(dim=axis), torch.inf)
     border = torch.full_like(z.narrow(axis, 0, 1), torch.inf)
@@ -110,4 +110,6 @@ def _disc(
     axes = torch.stack([major, minor], dim=-1) / lengths[:, None, :]  # [n 3 2]
     normal = torch.linalg.cross(axes[..., 0], axes[..., 1])
     rotation = torch.cat([axes, normal[..., None]], dim=-1)
-    return quat_from_rotation(rotation), torch.cat([lengths, thickness * lengths.amin(-1, keepdim=True)], dim=-1)
+    return quat_from_rotation(rotation), torch.cat(
+        [lengths, thickness * lengths.amin(-1, keepdim=True)], dim=-1
+    )

@@ -67,7 +67,10 @@ def rasterize(
     if render_one is None:
         raise L2MError("rasterize", expected="backend 'auto', 'reference' or 'cpu'", got=repr(backend))
     if gaussians.sh_rest is not None:
-        raise L2MError("rasterize: view-dependent colour (sh_rest) is not drawn", todo="set sh_rest=None to draw `colors`")
+        raise L2MError(
+            "rasterize: view-dependent colour (sh_rest) is not drawn",
+            todo="set sh_rest=None to draw `colors`",
+        )
     color, features, depth, alpha = render_one(gaussians, camera, near, far, eps2d)
     if background is not None:
         color = color + (1 - alpha)[..., None] * background

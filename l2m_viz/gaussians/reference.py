@@ -23,7 +23,7 @@ FRUSTUM_MARGIN = 0.3  # of the half field of view: how far outside the image the
 
 
 Layers = tuple[Tensor, Tensor | None, Tensor, Tensor]
-"""What a backend returns for one camera: colour (H, W, 3), features (H, W, D) or None, sum of w z (H, W), alpha (H, W)."""
+"""One camera's colour (H, W, 3), features (H, W, D) or None, sum of weight times z (H, W), alpha (H, W)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def composite(
     values: Float[Tensor, "n c"],
     camera: Camera,
 ) -> tuple[Float[Tensor, "h w c"], Float[Tensor, "h w"]]:
-    """Blend ``values`` front to back: return (sum of alpha_i T_i values_i, T at the end), T_i = prod_{j<i} (1 - alpha_j)."""
+    """Blend front to back: return sum of alpha_i T_i values_i with T_i = prod_{j<i} (1 - alpha_j), and the last T."""
     order = torch.sort(torch.where(screen.visible, screen.depths, torch.inf), stable=True).indices
     order = order[: int(screen.visible.sum())]
     offset = pixel_grid(camera.hw, dtype=values.dtype)[..., None, :] - screen.means2d[order]  # [h w n 2]
@@ -88,7 +88,9 @@ def composite(
     power = 0.5 * (xx * dx * dx + yy * dy * dy) + xy * dx * dy  # [h w n]
     alpha = (opacities[order] * torch.exp(-power)).clamp(max=MAX_ALPHA)
     alpha = torch.where((alpha >= MIN_ALPHA) & (power >= 0), alpha, 0.0)
-    after = torch.cumprod(1 - alpha, dim=-1)  # T behind each Gaussian; it only falls, so the end of a pixel is a mask
+    after = torch.cumprod(
+        1 - alpha, dim=-1
+    )  # T behind each Gaussian; it only falls, so the end of a pixel is a mask
     alpha = torch.where(after > MIN_TRANSMITTANCE, alpha, 0.0)
     after = torch.cumprod(1 - alpha, dim=-1)
     before = torch.cat([torch.ones_like(after[..., :1]), after[..., :-1]], dim=-1)

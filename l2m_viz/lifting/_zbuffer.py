@@ -3,7 +3,7 @@
 `no_type_check` keeps the tests' jaxtyping hook from wrapping what numba compiles.
 
 The mesh has one vertex a pixel. Quad (y, x) has the corners a = (y, x), b = (y, x+1), c = (y+1, x), d = (y+1, x+1) and
-the triangles 2 q = (a, b, c) and 2 q + 1 = (b, d, c), q = y (W - 1) + x. Inverse depth is affine in screen space, so the
+the triangles 2 q = (a, b, c) and 2 q + 1 = (b, d, c), q = y (W - 1) + x. Inverse depth is affine in screen space: the
 z-buffer holds 1/z (0 = empty) and attributes are interpolated perspective-correctly, after the visible triangle of each
 pixel is known: their number does not slow the rasterization down.
 """
@@ -14,7 +14,7 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-# Two triangles that share an edge must both claim a pixel on it, and the photo's own border pixels lie on the mesh's outline:
+# Two triangles that share an edge must both claim a pixel on it, and the photo's border pixels lie on the outline:
 # rounding must open neither. In px for the bounds, in px^2 (distance times edge length) for the edge functions.
 _TOL = 1e-3
 
@@ -85,11 +85,17 @@ def _fill(screen, triangle, first, last, inverse_depth, owner):
             e1 = sign * ((ax - cx) * (py - cy) - (ay - cy) * (px - cx))
             e2 = sign * ((bx - ax) * (py - ay) - (by - ay) * (px - ax))
             if e0 >= -_TOL and e1 >= -_TOL and e2 >= -_TOL:
-                e0, e1, e2 = max(0.0, e0), max(0.0, e1), max(0.0, e2)  # no extrapolation: slivers would fling depth
+                e0, e1, e2 = (
+                    max(0.0, e0),
+                    max(0.0, e1),
+                    max(0.0, e2),
+                )  # no extrapolation: slivers would fling depth
                 inverse = (e0 * w0 + e1 * w1 + e2 * w2) / (e0 + e1 + e2)
                 if inverse > inverse_depth[y, x]:
                     inverse_depth[y, x] = inverse
-                    owner[y, x] = triangle if area > 0 else -2 - triangle  # a back face hides, but shows nothing
+                    owner[y, x] = (
+                        triangle if area > 0 else -2 - triangle
+                    )  # a back face hides, but shows nothing
 
 
 @numba.njit(parallel=True, cache=True)
@@ -105,7 +111,10 @@ def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
     for band in numba.prange(bands):
         first, last = band * rows // bands, (band + 1) * rows // bands
         for y in range(height - 1):
-            if max(row_span[y, 1], row_span[y + 1, 1]) < first - 1 or min(row_span[y, 0], row_span[y + 1, 0]) > last + 1:
+            if (
+                max(row_span[y, 1], row_span[y + 1, 1]) < first - 1
+                or min(row_span[y, 0], row_span[y + 1, 0]) > last + 1
+            ):
                 continue
             for x in range(width - 1):
                 quad = y * (width - 1) + x
@@ -136,4 +145,6 @@ def interpolate(screen, attributes, owner, out):
             scale = 1.0 / (w0 + w1 + w2)
             w0, w1, w2 = w0 * scale, w1 * scale, w2 * scale
             for c in range(channels):
-                out[y, x, c] = w0 * attributes[y0, x0, c] + w1 * attributes[y1, x1, c] + w2 * attributes[y2, x2, c]
+                out[y, x, c] = (
+                    w0 * attributes[y0, x0, c] + w1 * attributes[y1, x1, c] + w2 * attributes[y2, x2, c]
+                )

@@ -1,4 +1,4 @@
-"""The exact correspondence between two posed depth maps: where each pixel went, and whether the other camera sees it."""
+"""Exact correspondence between two posed depth maps: where each pixel went, and whether the other camera sees it."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,7 +46,9 @@ def warp_from_depth(
     points_in_B = transform_points(T_A_to_B, unproject_depth(torch.where(valid_A, depth_A, 1.0), K_A))
     points_px, depth_in_B = project(points_in_B, K_B)
     in_front = valid_A & (depth_in_B > 0)
-    identity = normalized_grid((depth_A.shape[0], depth_A.shape[1]), device=depth_A.device, dtype=depth_A.dtype)
+    identity = normalized_grid(
+        (depth_A.shape[0], depth_A.shape[1]), device=depth_A.device, dtype=depth_A.dtype
+    )
     warp = torch.where(in_front[..., None], to_normalized(points_px, hw_B), identity)
     seen = torch.zeros_like(in_front)
     candidates = in_front & inside_image(warp)

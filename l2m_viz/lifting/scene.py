@@ -95,23 +95,40 @@ class LiftedScene(Saved):
             ShapeError: the attributes are not of the photo's size.
         """
         if tuple(attributes.shape[:2]) != self.hw:
-            raise ShapeError("render_attributes", expected=f"{self.hw} + (C,)", got=str(tuple(attributes.shape)))
+            raise ShapeError(
+                "render_attributes", expected=f"{self.hw} + (C,)", got=str(tuple(attributes.shape))
+            )
         points = unproject_depth(self.depth, self.K).numpy()
         height, width = self.hw
         screen = np.empty((height, width, 3), np.float32)
         row_span = np.empty((height, 2), np.float32)
         pose, K = camera.w2c.numpy().astype(np.float32), camera.K.numpy().astype(np.float32)
         run_kernel(
-            _zbuffer.project_vertices, points, self.valid_mask.numpy(), pose, K, NEAR * self.unit, screen, row_span
+            _zbuffer.project_vertices,
+            points,
+            self.valid_mask.numpy(),
+            pose,
+            K,
+            NEAR * self.unit,
+            screen,
+            row_span,
         )
         inverse_depth = np.zeros(camera.hw, np.float32)
         owner = np.full(camera.hw, -1, np.int32)
         bands = min(camera.height, _BANDS_PER_THREAD * num_threads())
         run_kernel(
-            _zbuffer.rasterize_triangles, screen, row_span, self.triangle_mask.numpy(), bands, inverse_depth, owner
+            _zbuffer.rasterize_triangles,
+            screen,
+            row_span,
+            self.triangle_mask.numpy(),
+            bands,
+            inverse_depth,
+            owner,
         )
         out = np.zeros((*camera.hw, attributes.shape[2]), np.float32)
-        run_kernel(_zbuffer.interpolate, screen, np.ascontiguousarray(attributes.numpy(), np.float32), owner, out)
+        run_kernel(
+            _zbuffer.interpolate, screen, np.ascontiguousarray(attributes.numpy(), np.float32), owner, out
+        )
         covered = owner >= 0
         depth = np.divide(1.0, inverse_depth, out=np.zeros_like(inverse_depth), where=covered)
         return torch.from_numpy(out), torch.from_numpy(depth), torch.from_numpy(covered)

@@ -103,7 +103,9 @@ class SiftMatcher(Matcher):
             keypoints_A=points_A, keypoints_B=points_B, keypoint_certainty=1 - ratio,
         )  # fmt: skip
 
-    def _detect(self, image: Float[Tensor, "h w 3"]) -> tuple[Float[Tensor, "n 2"], Float32[np.ndarray, "n 128"]]:
+    def _detect(
+        self, image: Float[Tensor, "h w 3"]
+    ) -> tuple[Float[Tensor, "n 2"], Float32[np.ndarray, "n 128"]]:
         """Keypoints in original pixels, and their RootSIFT descriptors."""
         small = fit_long_side(image, self.cfg.max_side)
         # OpenCV's default pyramid shifts every keypoint by a quarter of a pixel; the precise one does not.
@@ -111,7 +113,9 @@ class SiftMatcher(Matcher):
         keypoints, sift = detector.detectAndCompute(_grey(small), None)  # pyright: ignore
         if not keypoints:
             return torch.zeros(0, 2), np.zeros((0, 128), np.float32)
-        points = from_integer_centers(torch.tensor([keypoint.pt for keypoint in keypoints], dtype=torch.float32))
+        points = from_integer_centers(
+            torch.tensor([keypoint.pt for keypoint in keypoints], dtype=torch.float32)
+        )
         root = np.sqrt(sift / np.maximum(np.abs(sift).sum(axis=1, keepdims=True), 1e-12))
         return to_pixel(to_normalized(points, _hw(small)), _hw(image)), root.astype(np.float32)
 
@@ -149,7 +153,9 @@ def _require_size(name: str, *images: Tensor) -> None:
     for image in images:
         if min(image.shape[:2]) < _MIN_SIDE:
             got = f"{image.shape[1]}x{image.shape[0]} px"
-            raise ShapeError(f"matcher '{name}'", expected=f"images of at least {_MIN_SIDE}x{_MIN_SIDE} px", got=got)
+            raise ShapeError(
+                f"matcher '{name}'", expected=f"images of at least {_MIN_SIDE}x{_MIN_SIDE} px", got=got
+            )
 
 
 def _hw(image: Tensor) -> HW:

@@ -69,8 +69,8 @@ class Match(Saved):
     ) -> tuple[Float[Tensor, "*n 2"], Float[Tensor, "*n"]]:
         """Where do these points lie in the other image? Return (points, certainty), in pixels of the original images.
 
-        A point outside its image is answered for the nearest border pixel, with certainty 0; an answer outside the other
-        image is clamped to its border.
+        A point outside its image is answered for the nearest border pixel, with certainty 0; an answer outside the
+        other image is clamped to its border.
 
         Raises:
             ShapeError: the points are not (..., 2).
@@ -98,7 +98,11 @@ class Match(Saved):
         """
         if num < 0:
             raise L2MError("sample", expected="num >= 0", got=str(num))
-        if self.keypoints_A is not None and self.keypoints_B is not None and self.keypoint_certainty is not None:
+        if (
+            self.keypoints_A is not None
+            and self.keypoints_B is not None
+            and self.keypoint_certainty is not None
+        ):
             best = self.keypoint_certainty.argsort(descending=True, stable=True)[:num]
             return Matches(self.keypoints_A[best], self.keypoints_B[best], self.keypoint_certainty[best])
         pairs, certainty = self._candidates
@@ -163,9 +167,10 @@ def _hw(warp: Tensor) -> HW:
 
 
 def _draw(weights: Float[Tensor, " n"], num: int, generator: torch.Generator | None) -> Tensor:
-    """Indices of at most ``num`` draws without replacement, in proportion to positive weights (Efraimidis, Spirakis 2006).
+    """Indices of at most ``num`` draws without replacement, in proportion to positive weights.
 
-    The largest keys log(u) / w are such a sample; unlike torch.multinomial, any number of weights and draws will do.
+    The largest keys log(u) / w are such a sample (Efraimidis and Spirakis 2006); unlike torch.multinomial, any number of
+    weights and draws will do.
     """
     keys = torch.rand(len(weights), generator=generator).clamp(min=1e-30).log() / weights
     return keys.topk(min(num, len(weights))).indices

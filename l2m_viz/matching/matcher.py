@@ -1,13 +1,13 @@
 """What every matcher is: two images in, a `Match` out."""
 
 from abc import ABC, abstractmethod
-from typing import Any, overload
+from typing import overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from l2m_viz.data.images import read_image
+from l2m_viz.data.images import ImageSource, read_image
 from l2m_viz.errors import ShapeError
 from l2m_viz.matching.match import Match
 
@@ -18,23 +18,27 @@ class Matcher(ABC):
     name: str
 
     @overload
-    def match(self, image_A: list[Any], image_B: list[Any]) -> list[Match]: ...
+    def match(self, image_A: list[ImageSource], image_B: list[ImageSource]) -> list[Match]: ...
     @overload
-    def match(self, image_A: Any, image_B: Any) -> Match: ...
-    def match(self, image_A: Any, image_B: Any) -> Match | list[Match]:
+    def match(self, image_A: ImageSource, image_B: ImageSource) -> Match: ...
+    def match(
+        self, image_A: ImageSource | list[ImageSource], image_B: ImageSource | list[ImageSource]
+    ) -> Match | list[Match]:
         """Match two images, or two lists of images pair by pair, with the same result as one at a time.
 
         Raises:
             ImageError: an input is not a readable image.
             ShapeError: the two lists differ in length.
         """
-        if isinstance(image_A, list) != isinstance(image_B, list):
-            raise ShapeError("match", expected="two images or two lists of images", got="one of each")
-        if not isinstance(image_A, list):
+        if not isinstance(image_A, list) and not isinstance(image_B, list):
             with torch.no_grad():
                 return self._match_pair(read_image(image_A), read_image(image_B))
+        if not isinstance(image_A, list) or not isinstance(image_B, list):
+            raise ShapeError("match", expected="two images or two lists of images", got="one of each")
         if len(image_A) != len(image_B):
-            raise ShapeError("match", expected="lists of one length", got=f"{len(image_A)} and {len(image_B)}")
+            raise ShapeError(
+                "match", expected="lists of one length", got=f"{len(image_A)} and {len(image_B)}"
+            )
         return [self.match(a, b) for a, b in zip(image_A, image_B, strict=True)]
 
     @abstractmethod

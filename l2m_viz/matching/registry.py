@@ -21,7 +21,10 @@ _MATCHERS: dict[str, tuple[MatcherInfo, Callable[[], Matcher]]] = {
     info.name: (info, make)
     for info, make in (
         (MatcherInfo("dis", "dense", "DIS optical flow both ways: small motion, sub-pixel"), DisMatcher),
-        (MatcherInfo("sift", "sparse", "RootSIFT, mutual nearest neighbours, ratio test: textured scenes"), SiftMatcher),
+        (
+            MatcherInfo("sift", "sparse", "RootSIFT, mutual nearest neighbours, ratio test: textured scenes"),
+            SiftMatcher,
+        ),
     )
 }
 

@@ -1,5 +1,7 @@
-"""Numbers to colours. One colour map for each kind of map, everywhere: turbo for depth, viridis for certainty, magma for
-error, the HSV wheel for flow; grey where there is nothing to show.
+"""Numbers to colours.
+
+One colour map for each kind of map, everywhere: turbo for depth, viridis for certainty, magma for error, the HSV wheel
+for flow; grey where there is nothing to show.
 """
 
 import math
@@ -33,7 +35,9 @@ def colorize(
 
 
 def value_limits(
-    values: Float[Tensor, "h w"], kind: Literal["depth", "certainty", "error"], mask: Bool[Tensor, "h w"] | None = None
+    values: Float[Tensor, "h w"],
+    kind: Literal["depth", "certainty", "error"],
+    mask: Bool[Tensor, "h w"] | None = None,
 ) -> tuple[float, float]:
     """Range of a colour map: [0, 1] for certainty, [0, 95th percentile] for error, 1st to 99th percentile for depth."""
     if kind == "certainty":

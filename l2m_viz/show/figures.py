@@ -75,7 +75,9 @@ def matches(
     canvas = torch.ones(height, width, 3)
     canvas[: image_A.shape[0], : image_A.shape[1]] = image_A
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
-    figure = Figure(figsize=(2.4 * _PANEL_INCHES, 2.4 * _PANEL_INCHES * height / width + 0.4), layout="constrained")
+    figure = Figure(
+        figsize=(2.4 * _PANEL_INCHES, 2.4 * _PANEL_INCHES * height / width + 0.4), layout="constrained"
+    )
     axis = figure.subplots()
     axis.imshow(canvas.numpy(), extent=(0, width, height, 0))  # continuous pixel coordinates: [0, W] x [0, H]
     axis.set_axis_off()
@@ -94,7 +96,9 @@ def matches(
         )
         lines.set_clim(*((0, 1) if errors_px is None else (0, 5)))
         axis.add_collection(lines)
-        figure.colorbar(lines, ax=axis, label="certainty" if errors_px is None else "error (px)", fraction=0.02)
+        figure.colorbar(
+            lines, ax=axis, label="certainty" if errors_px is None else "error (px)", fraction=0.02
+        )
     axis.set_title(title or f"{len(matches)} matches", fontsize=10)
     return figure
 
@@ -132,4 +136,6 @@ def _draw_panel(figure: Figure, axis, panel: Panel) -> None:  # noqa: ANN001 (ma
     if panel.mask is not None:
         values[~panel.mask.numpy()] = float("nan")
     picture = axis.imshow(values, cmap=COLOR_MAPS[panel.kind], vmin=low, vmax=high, interpolation="nearest")
-    figure.colorbar(picture, ax=axis, label=panel.label, fraction=0.046 * panel.values.shape[0] / panel.values.shape[1])
+    figure.colorbar(
+        picture, ax=axis, label=panel.label, fraction=0.046 * panel.values.shape[0] / panel.values.shape[1]
+    )

@@ -67,7 +67,12 @@ def versions() -> dict[str, str]:
     """Versions that decide the numbers."""
     packages = ("torch", "numpy", "numba", "opencv-python-headless", "scikit-image", "kornia")
     found = {f"{package} version": metadata.version(package) for package in packages}
-    return {"l2m_viz version": __version__, **found, "Python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return {
+        "l2m_viz version": __version__,
+        **found,
+        "Python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def _section(section: Section) -> str:

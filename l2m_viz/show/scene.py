@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ DISPLAY_SIZE = (
     2.0  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
 )
 _UNIT = 4.0  # viewer units from the camera to the nearest things: keyboard steps and clipping planes fit this size
+_MARGIN = 1.03  # of the window, around the image of the camera that one stands at
 _FRUSTUM_DEPTH = 0.1  # of the distance to the nearest things
 _POINT_SIZE = 1e-6  # viewer units; the browser draws no point smaller than one pixel
 _MAX_DROPPED = 0.2  # of the splats, before points stand in for them
@@ -82,19 +83,6 @@ class ViewerUnits:
         return cls(per_scene_unit, min(storage, SIGMA_MAX / _percentile(sigmas[:, 2], 99.9)))
 
 
-class _ViserCamera(Protocol):
-    """Viser's `CameraHandle`, as far as it is read here."""
-
-    @property
-    def wxyz(self) -> np.ndarray: ...
-    @property
-    def position(self) -> np.ndarray: ...
-    @property
-    def fov(self) -> float: ...
-    @property
-    def aspect(self) -> float: ...
-
-
 @dataclass(frozen=True)
 class ViewerCamera:
     """A camera in viser's words: camera-to-world pose in viewer units, principal point at the frame's centre.
@@ -112,7 +100,7 @@ class ViewerCamera:
     aspect: float
 
     @classmethod
-    def of(cls, camera: _ViserCamera) -> Self:
+    def of(cls, camera: "viser.CameraHandle") -> Self:
         """What a visitor's camera says now."""
         w, i, j, k = map(float, camera.wxyz)
         x, y, z = map(float, camera.position)
@@ -165,10 +153,9 @@ def standpoint(camera: Camera, gaussians: Gaussians, units: ViewerUnits, aspect:
     c2w = camera.c2w
     depth = transform_points(camera.w2c, gaussians.means)[:, 2]
     distance = _percentile(depth[depth > 0], 50) if (depth > 0).any() else 1.0
+    fov = 2 * math.atan(_MARGIN * math.tan(fov_covering(camera, aspect) / 2))
     position, target = (units.per_scene_unit * v for v in (c2w[:3, 3], c2w[:3, 3] + distance * c2w[:3, 2]))
-    return Standpoint(
-        _float64(position), _float64(target), _float64(-c2w[:3, 1]), fov_covering(camera, aspect)
-    )
+    return Standpoint(_float64(position), _float64(target), _float64(-c2w[:3, 1]), fov)
 
 
 def gaussian_colors(

@@ -28,7 +28,12 @@ def bench_forward(in_units, side, num_features):
     n, channels = len(gaussians), 3 + num_features
     moved = 4 * (n * (11 + channels) + side * side * (channels + 2))
     flops = 2 * n * 9 * (channels + 1)  # about nine pixels over 1/255 each
-    in_units(f"forward {side}^2, {num_features} features", lambda: rasterize(gaussians, camera), moved=moved, flops=flops)
+    in_units(
+        f"forward {side}^2, {num_features} features",
+        lambda: rasterize(gaussians, camera),
+        moved=moved,
+        flops=flops,
+    )
 
 
 def bench_forward_and_backward(in_units):
@@ -44,14 +49,18 @@ def bench_forward_and_backward(in_units):
         loss = render.color.sum() + render.features.sum() + render.alpha.sum()
         return torch.autograd.grad(loss, leaves)
 
-    in_units("forward and backward 512^2, 32 features", step, moved=moved, flops=3 * 2 * n * 9 * (channels + 1))
+    in_units(
+        "forward and backward 512^2, 32 features", step, moved=moved, flops=3 * 2 * n * 9 * (channels + 1)
+    )
 
 
 def bench_mesh_render(in_units):
     """522,000 triangles through the z-buffer."""
     image = resize_image(load_sample("astronaut").image_A, (512, 512))
     generator = torch.Generator().manual_seed(0)
-    depth = 2 + torch.nn.functional.interpolate(torch.rand(1, 1, 8, 8, generator=generator), (512, 512), mode="bicubic")
+    depth = 2 + torch.nn.functional.interpolate(
+        torch.rand(1, 1, 8, 8, generator=generator), (512, 512), mode="bicubic"
+    )
     K = intrinsics(512.0, (512, 512))
     scene = lift(image, Depth(depth[0, 0], torch.ones(512, 512, dtype=torch.bool), "relative", "random"), K)
     pose = torch.eye(4)

@@ -1,7 +1,7 @@
 """Speed in units of one float32 1024^3 matrix product on the same threads, so that machines compare.
 
-The unit is measured before and after each benchmark; when the two differ by more than 15 % the machine was busy, and the
-benchmark fails instead of reporting. The floor is what the bytes and operations would cost at the measured copy
+The unit is measured before and after each benchmark; when the two differ by more than 15 % the machine was busy, and
+the benchmark fails instead of reporting. The floor is what the bytes and operations would cost at the measured copy
 bandwidth and matrix rate.
 """
 
@@ -51,7 +51,9 @@ def in_units(benchmark, copy_bandwidth):
         drift = abs(after / before - 1)
         load = os.getloadavg()[0]
         if drift > _MAX_DRIFT:
-            pytest.fail(f"{name}: the unit moved by {drift:.0%} (load {load:.1f}); the machine is busy, no report")
+            pytest.fail(
+                f"{name}: the unit moved by {drift:.0%} (load {load:.1f}); the machine is busy, no report"
+            )
         unit = (before + after) / 2
         units = benchmark.stats.stats.median / unit
         floor = max(moved / copy_bandwidth, flops / (2 * 1024**3 / unit)) / unit

@@ -43,7 +43,9 @@ def test_the_cell_centre_is_where_the_contract_says():
 def test_matches_the_same_places_as_opencv_sift(photo):
     """Nearest neighbours of dense descriptors follow a known shift wherever there is texture, as SIFT's do."""
     grey = cv2.cvtColor(to_uint8(photo), cv2.COLOR_RGB2GRAY)
-    keypoints = [k for k in cv2.SIFT.create(200).detect(grey, None) if 20 < k.pt[0] < 170 and 20 < k.pt[1] < 140]
+    keypoints = [
+        k for k in cv2.SIFT.create(200).detect(grey, None) if 20 < k.pt[0] < 170 and 20 < k.pt[1] < 140
+    ]
     points = torch.tensor([k.pt for k in keypoints]) + 0.5
     encoder = load_encoder("dense-sift")
     a, b = encoder(photo[:, :200]), encoder(photo[:, 12:212])
@@ -71,12 +73,16 @@ def test_pca_is_an_orthonormal_basis_that_explains_the_variance():
     assert pca.explained.sum().item() == pytest.approx(1, abs=1e-4)
     rebuilt = pca.project(features) @ pca.components + pca.mean
     torch.testing.assert_close(rebuilt, features, atol=1e-3, rtol=0)
-    singular = np.linalg.svd((features - features.mean((0, 1))).reshape(-1, 12).numpy(), compute_uv=False)[:3] ** 2
+    singular = (
+        np.linalg.svd((features - features.mean((0, 1))).reshape(-1, 12).numpy(), compute_uv=False)[:3] ** 2
+    )
     np.testing.assert_allclose(pca.explained.numpy(), singular / singular.sum(), rtol=1e-3)
 
 
 def test_pca_signs_and_colours_are_fixed():
-    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 4, 3, 2, 1, 0.5])
+    features = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [5.0, 4, 3, 2, 1, 0.5]
+    )
     pca, again = FeaturePCA.fit(features, 4), FeaturePCA.fit(features.flip(0), 4)
     torch.testing.assert_close(pca.components, again.components, atol=1e-4, rtol=0)
     assert (pca.components.gather(1, pca.components.abs().argmax(1, keepdim=True)) > 0).all()

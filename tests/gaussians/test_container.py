@@ -21,7 +21,9 @@ def _random(n: int = 5, features: int | None = 4) -> Gaussians:
 
 def test_activated_values_round_trip():
     scales, opacities = torch.tensor([[0.5, 2.0, 1e-4]]), torch.tensor([0.25])
-    gaussians = Gaussians.from_activated(torch.zeros(1, 3), torch.eye(4)[:1], scales, opacities, torch.zeros(1, 3))
+    gaussians = Gaussians.from_activated(
+        torch.zeros(1, 3), torch.eye(4)[:1], scales, opacities, torch.zeros(1, 3)
+    )
     torch.testing.assert_close(gaussians.scales, scales)
     torch.testing.assert_close(gaussians.opacities, opacities)
     assert gaussians.logit_opacities.item() == pytest.approx(-1.0986123)
@@ -61,7 +63,10 @@ def test_save_and_load(tmp_path, features):
 
 
 def test_errors_name_the_field_and_the_count(unchecked):
-    good = {name: getattr(_random(), name) for name in ("means", "quats", "log_scales", "logit_opacities", "colors")}
+    good = {
+        name: getattr(_random(), name)
+        for name in ("means", "quats", "log_scales", "logit_opacities", "colors")
+    }
     with pytest.raises(ShapeError, match=r"quats.*\(5, 4\).*\(3, 4\)"):
         Gaussians(**{**good, "quats": good["quats"][:3]})
     with pytest.raises(L2MError, match=r"means.*2 of 5 rows"):
@@ -75,6 +80,10 @@ def test_errors_name_the_field_and_the_count(unchecked):
     with pytest.raises(ShapeError, match="features"):
         Gaussians(**good, features=torch.zeros(4, 2))
     with pytest.raises(L2MError, match="opacities"):
-        Gaussians.from_activated(good["means"], good["quats"], torch.ones(5, 3), torch.full((5,), 1.5), good["colors"])
+        Gaussians.from_activated(
+            good["means"], good["quats"], torch.ones(5, 3), torch.full((5,), 1.5), good["colors"]
+        )
     with pytest.raises(L2MError, match="scales"):
-        Gaussians.from_activated(good["means"], good["quats"], torch.zeros(5, 3), torch.ones(5), good["colors"])
+        Gaussians.from_activated(
+            good["means"], good["quats"], torch.zeros(5, 3), torch.ones(5), good["colors"]
+        )

@@ -69,7 +69,9 @@ def test_invalid_pixels_have_no_gaussian_and_features_follow():
 def test_units_scale_everything_together():
     depth = 2 + torch.rand(HW, generator=torch.Generator().manual_seed(0))
     image = torch.rand(*HW, 3)
-    metres, millimetres = (gaussians_from_depth(image, depth * unit, intrinsics(50.0, HW)) for unit in (1, 1000))
+    metres, millimetres = (
+        gaussians_from_depth(image, depth * unit, intrinsics(50.0, HW)) for unit in (1, 1000)
+    )
     torch.testing.assert_close(metres.means * 1000, millimetres.means)
     torch.testing.assert_close(metres.scales * 1000, millimetres.scales, rtol=1e-3, atol=0)
 

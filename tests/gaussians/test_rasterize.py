@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from l2m_viz.errors import L2MError, ShapeError
+from l2m_viz.errors import ShapeError
 from l2m_viz.gaussians import Gaussians, rasterize
 from l2m_viz.geometry import Camera, intrinsics, look_at
 
 HW = (37, 53)
 BACKENDS = ["reference", "cpu"]
+PARAMETERS = ["means", "quats", "log_scales", "logit_opacities", "colors", "features"]
 FIELDS = ["color", "features", "depth", "alpha"]
 
 
@@ -52,14 +53,18 @@ def test_two_wide_layers_blend_front_to_back_over_the_background(backend):
     )
     background = torch.tensor([0.0, 0.0, 1.0])
     render = rasterize(far_first, _camera(), backend=backend, background=background)
-    torch.testing.assert_close(render.color[20, 30], torch.tensor([0.25, 0.75 * 0.5, 0.75 * 0.5]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        render.color[20, 30], torch.tensor([0.25, 0.75 * 0.5, 0.75 * 0.5]), atol=1e-3, rtol=0
+    )
     assert render.depth[20, 30].item() == pytest.approx((0.25 * 2 + 0.375 * 5) / 0.625, abs=1e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alpha_is_capped_and_the_last_gaussian_is_not_drawn(backend):
     # opacity 1 is capped to 0.999: T = 1e-3 after one layer; the second would bring it to 1e-6 and ends the pixel
-    layers = _gaussians([[0, 0, 2.0], [0, 0, 3.0]], [[1e3] * 3] * 2, [1.0, 1.0], colors=[[1, 0, 0], [0, 1, 0]])
+    layers = _gaussians(
+        [[0, 0, 2.0], [0, 0, 3.0]], [[1e3] * 3] * 2, [1.0, 1.0], colors=[[1, 0, 0], [0, 1, 0]]
+    )
     render = rasterize(layers, _camera(), backend=backend)
     assert render.alpha[18, 26].item() == pytest.approx(0.999, abs=1e-6)
     assert render.color[18, 26].tolist() == pytest.approx([0.999, 0.0, 0.0], abs=1e-6)
@@ -68,7 +73,9 @@ def test_alpha_is_capped_and_the_last_gaussian_is_not_drawn(backend):
 def _hard_scene(seed: int, n: int = 300) -> Gaussians:
     """Random scene with every corner case: behind, beside, sub-pixel, huge, opaque, faint, depth ties."""
     generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(n, 3, generator=generator) * torch.tensor([2.0, 1.5, 1.5]) + torch.tensor([0.0, 0.0, 3.0])
+    means = torch.randn(n, 3, generator=generator) * torch.tensor([2.0, 1.5, 1.5]) + torch.tensor(
+        [0.0, 0.0, 3.0]
+    )
     scales = torch.exp(torch.randn(n, 3, generator=generator) * 1.3 - 3)
     opacities = torch.rand(n, generator=generator)
     means[:20, 2] = 3.0  # ties
@@ -98,7 +105,13 @@ def test_reference_passes_gradcheck():
     camera = Camera(intrinsics(6.0, (5, 7)).double(), torch.eye(4).double(), width=7, height=5)
     parameters = [
         value.double().requires_grad_()
-        for value in (gaussians.means, gaussians.quats, gaussians.log_scales, gaussians.logit_opacities, gaussians.colors)
+        for value in (
+            gaussians.means,
+            gaussians.quats,
+            gaussians.log_scales,
+            gaussians.logit_opacities,
+            gaussians.colors,
+        )
     ]
 
     def color_and_alpha(*values):
@@ -158,9 +171,6 @@ def test_errors(unchecked):
         rasterize(gaussians, [])
 
 
-PARAMETERS = ["means", "quats", "log_scales", "logit_opacities", "colors", "features"]
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_cpu_gradients_equal_the_reference(seed):
     camera = _camera(eye=(0.3 * seed, -0.1, -0.5))
@@ -172,7 +182,9 @@ def test_cpu_gradients_equal_the_reference(seed):
         scene = _hard_scene(seed)
         leaves = [getattr(scene, name).clone().requires_grad_() for name in PARAMETERS]
         render = rasterize(Gaussians(*leaves), camera, backend=backend)
-        loss = sum((getattr(render, name) * weight).sum() for name, weight in weights.items() if name != "depth")
+        loss = sum(
+            (getattr(render, name) * weight).sum() for name, weight in weights.items() if name != "depth"
+        )
         loss = loss + (render.depth * render.alpha.detach() * weights["depth"]).sum()
         gradients[backend] = torch.autograd.grad(loss, leaves)
     for name, fast, slow in zip(PARAMETERS, gradients["cpu"], gradients["reference"], strict=True):
@@ -201,13 +213,16 @@ def test_no_gradient_reaches_shape_or_opacity_where_alpha_is_capped():
         (render.color.sum() + render.features.sum()).backward()
         assert leaves[3].grad.abs().max() == 0
         assert leaves[2].grad.abs().max() == 0
-        torch.testing.assert_close(leaves[4].grad, torch.full((1, 3), 0.999 * HW[0] * HW[1]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            leaves[4].grad, torch.full((1, 3), 0.999 * HW[0] * HW[1]), rtol=1e-4, atol=0
+        )
 
 
 def test_exponential_is_accurate_over_its_whole_range():
-    from l2m_viz.gaussians._splat import _exp_negative
     import numba
     import numpy as np
+
+    from l2m_viz.gaussians._splat import _exp_negative
 
     @numba.njit
     def table(x):

@@ -39,7 +39,9 @@ def test_poses_form_a_group():
     torch.testing.assert_close(relative_pose(b, c) @ relative_pose(a, b), relative_pose(a, c))
     torch.testing.assert_close(relative_pose(a, a), identity)
     points = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(transform_points(a @ b, points), transform_points(a, transform_points(b, points)))
+    torch.testing.assert_close(
+        transform_points(a @ b, points), transform_points(a, transform_points(b, points))
+    )
 
 
 def test_axis_angle_quarter_turn_about_y():
@@ -107,7 +109,9 @@ def test_look_at_puts_the_target_on_the_axis_with_down_pointing_down():
     seen = transform_points(w2c, target)
     torch.testing.assert_close(seen[:2], torch.zeros(2), atol=1e-6, rtol=0)
     assert seen[2] > 0
-    assert transform_points(w2c, target + torch.tensor([0.0, 0.1, 0.0]))[1] > 0  # world +y is the image's down
+    assert (
+        transform_points(w2c, target + torch.tensor([0.0, 0.1, 0.0]))[1] > 0
+    )  # world +y is the image's down
     torch.testing.assert_close(transform_points(w2c, eye), torch.zeros(3), atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.linalg.det(w2c), torch.tensor(1.0))
 

@@ -70,9 +70,15 @@ def test_behind_the_camera_and_invalid_pixels_stay_finite_and_unseen():
 
 def test_agrees_with_the_measured_stereo_disparity():
     sample = load_sample("motorcycle")
+    assert sample.warp_A_to_B is not None
     # B's own depth is not measured: take A's as B's where A's point lands, which checks the projection only
     warp, _ = warp_from_depth(
-        sample.depth_A, sample.K_A, torch.ones_like(sample.depth_A), sample.K_B, sample.T_A_to_B, sample.valid_A
+        sample.depth_A,
+        sample.K_A,
+        torch.ones_like(sample.depth_A),
+        sample.K_B,
+        sample.T_A_to_B,
+        sample.valid_A,
     )
     error_px = (warp - sample.warp_A_to_B)[sample.valid_A] * torch.tensor([741.0, 500.0]) / 2
     assert error_px.abs().max() < 2e-3

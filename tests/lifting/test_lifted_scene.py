@@ -10,7 +10,7 @@ from l2m_viz.data import load_sample
 from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.evaluation import psnr
 from l2m_viz.geometry import Camera, intrinsics, look_at, pose_from_rotation, rotation_from_axis_angle
-from l2m_viz.geometry.scenes import Plane, AnalyticScene, fronto_parallel_plane, slanted_plane, two_planes
+from l2m_viz.geometry.scenes import AnalyticScene, Plane, fronto_parallel_plane, slanted_plane, two_planes
 from l2m_viz.lifting import Depth, LiftedScene, lift
 
 HW = (60, 80)
@@ -53,10 +53,16 @@ def test_every_pixel_agrees_with_brute_force_over_all_triangles():
     hw = (7, 9)
     depth = 2 + torch.rand(hw, generator=generator)
     image = torch.rand(*hw, 3, generator=generator)
-    scene = lift(image, Depth(depth, torch.ones(hw, dtype=torch.bool), "relative", "random"), intrinsics(10.0, hw))
-    scene = LiftedScene(image, depth, scene.valid_mask, scene.K, torch.ones(6, 8, 2, dtype=torch.bool), scene.cut_mask)
+    scene = lift(
+        image, Depth(depth, torch.ones(hw, dtype=torch.bool), "relative", "random"), intrinsics(10.0, hw)
+    )
+    scene = LiftedScene(
+        image, depth, scene.valid_mask, scene.K, torch.ones(6, 8, 2, dtype=torch.bool), scene.cut_mask
+    )
     rotation = rotation_from_axis_angle(torch.tensor([0.1, -0.2, 0.15]))
-    camera = Camera(intrinsics(13.0, (11, 12)), pose_from_rotation(rotation, torch.tensor([0.2, 0.1, 0.3])), 12, 11)
+    camera = Camera(
+        intrinsics(13.0, (11, 12)), pose_from_rotation(rotation, torch.tensor([0.2, 0.1, 0.3])), 12, 11
+    )
     view = scene.render(camera)
     color, z, covered = _brute_force(scene, camera)
     same = covered == ~view.hole_mask.numpy()
@@ -91,7 +97,9 @@ def _brute_force(scene: LiftedScene, camera: Camera):
                     z[row, column] = t
                     front[row, column] = np.linalg.det(matrix) > 0
                     weights = np.array([1 - u - v, u, v])
-                    color[row, column] = weights @ np.array([scene.image[k].double().numpy() for k in corners])
+                    color[row, column] = weights @ np.array(
+                        [scene.image[k].double().numpy() for k in corners]
+                    )
     return color, z, front & np.isfinite(z)
 
 
@@ -111,7 +119,9 @@ def test_the_back_of_a_surface_is_a_hole_that_hides():
     # a plane seen edge-on by A from its front; B stands behind it and looks back
     depth = torch.full(HW, 2.0)
     scene = lift(torch.ones(*HW, 3), depth, intrinsics(70.0, HW))
-    behind = Camera(scene.K, look_at(torch.tensor([0.0, 0.0, 4.0]), torch.zeros(3)), width=HW[1], height=HW[0])
+    behind = Camera(
+        scene.K, look_at(torch.tensor([0.0, 0.0, 4.0]), torch.zeros(3)), width=HW[1], height=HW[0]
+    )
     assert scene.render(behind).hole_mask.all()
 
 
@@ -142,6 +152,7 @@ def test_millimetres_and_metres_give_the_same_picture():
 
 def _psnr_of_motorcycle(shift_px: float) -> float:
     sample = load_sample("motorcycle")
+    assert sample.depth_A is not None
     disparity = 994.978 * 0.193001 / sample.depth_A - 31.086
     depth = 994.978 * 0.193001 / (disparity + shift_px + 31.086)
     scene = lift(sample.image_A, Depth(depth, sample.valid_A, "metric", "measured"), sample.K_A)

@@ -46,7 +46,9 @@ def test_the_same_generator_gives_the_same_cameras_and_units_cancel():
 
 def test_intrinsics_range():
     generator = torch.Generator().manual_seed(3)
-    focals = torch.tensor([sample_intrinsics(HW, generator=generator)[0, 0].item() for _ in range(200)]) / HW[1]
+    focals = (
+        torch.tensor([sample_intrinsics(HW, generator=generator)[0, 0].item() for _ in range(200)]) / HW[1]
+    )
     assert 0.45 <= focals.min() < 0.47
     assert 0.73 < focals.max() <= 0.75
 

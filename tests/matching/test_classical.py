@@ -118,4 +118,6 @@ def test_errors(photo, tmp_path, unchecked):
 def test_the_warp_of_dis_is_absolute(photo):
     a = photo[50:290, 100:420]
     match = load_matcher("dis").match(a, a)
-    torch.testing.assert_close(match.warp_A_to_B, to_normalized(pixel_grid((240, 320)), (240, 320)), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        match.warp_A_to_B, to_normalized(pixel_grid((240, 320)), (240, 320)), atol=2e-3, rtol=0
+    )

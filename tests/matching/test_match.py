@@ -19,7 +19,12 @@ def _affine_match(certainty_A: torch.Tensor | None = None) -> Match:
     there, back = grid_A * 0.8 + shift, (grid_B - shift) / 0.8
     certainty_B = (back.abs() <= 1).all(-1).float()
     return Match(
-        there, torch.ones(24, 32) if certainty_A is None else certainty_A, back.clamp(-1, 1), certainty_B, HW_A, HW_B
+        there,
+        torch.ones(24, 32) if certainty_A is None else certainty_A,
+        back.clamp(-1, 1),
+        certainty_B,
+        HW_A,
+        HW_B,
     )
 
 
@@ -105,7 +110,9 @@ def test_cycle_error_is_zero_for_exact_warps_and_the_shift_for_a_shifted_one():
         match.warp_A_to_B + torch.tensor([2 * 3.0 * 0.8 / 64, 0.0]), match.certainty_A_to_B,
         match.warp_B_to_A, match.certainty_B_to_A, HW_A, HW_B,
     )  # fmt: skip
-    torch.testing.assert_close(shifted.cycle_error()[5:-5, 5:-8], torch.full((14, 19), 3.0), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        shifted.cycle_error()[5:-5, 5:-8], torch.full((14, 19), 3.0), atol=0.05, rtol=0
+    )
 
 
 def test_save_load_and_csv(tmp_path):
@@ -148,5 +155,7 @@ def test_warping_by_sampling_reproduces_the_other_image():
     match = _affine_match()
     image_B = torch.rand(*HW_B, generator=torch.Generator().manual_seed(1))
     warped = sample_image(image_B, match.warp_A_to_B)
-    by_query = sample_image(image_B, to_normalized(match.query(to_pixel(normalized_grid((24, 32)), HW_A))[0], HW_B))
+    by_query = sample_image(
+        image_B, to_normalized(match.query(to_pixel(normalized_grid((24, 32)), HW_A))[0], HW_B)
+    )
     torch.testing.assert_close(warped, by_query, atol=1e-4, rtol=0)

@@ -49,7 +49,10 @@ def test_flow_wheel_has_opposite_hues_for_opposite_directions_and_white_for_none
 def test_panels_draw_every_picture_and_no_empty_axes():
     red = torch.tensor([1.0, 0.0, 0.0]).expand(*HW, 3)
     figure = figures.panels(
-        Panel("one", red), Panel("two", torch.rand(HW), "certainty", label="x"), Panel("three", red), Panel("four", red)
+        Panel("one", red),
+        Panel("two", torch.rand(HW), "certainty", label="x"),
+        Panel("three", red),
+        Panel("four", red),
     )
     drawn = [axis for axis in figure.axes if axis.axison]
     assert [axis.get_title() for axis in drawn if axis.get_title()] == ["one", "two", "three", "four"]
