@@ -4,6 +4,7 @@ Only the panel and its wiring; the scene is built by `l2m_viz.show.scene`. Every
 drawing thread of their own, so that nobody's clicks change another one's view.
 """
 
+import logging
 import sys
 import threading
 import time
@@ -275,6 +276,9 @@ def serve(cfg: ViewerCfg, shown: Shown) -> None:
 
 def main() -> None:
     """Entry of ``python -m app.viewer``."""
+    logging.getLogger("websockets").setLevel(
+        logging.CRITICAL
+    )  # who hangs up while connecting is not our trouble
     cfg = tyro.cli(ViewerCfg, prog="python -m app.viewer", description="Look at a lifted photo in 3D.")
     try:
         serve(cfg, load(cfg))

@@ -169,8 +169,8 @@ def _hw(warp: Tensor) -> HW:
 def _draw(weights: Float[Tensor, " n"], num: int, generator: torch.Generator | None) -> Tensor:
     """Indices of at most ``num`` draws without replacement, in proportion to positive weights.
 
-    The largest keys log(u) / w are such a sample (Efraimidis and Spirakis 2006); unlike torch.multinomial, any number of
-    weights and draws will do.
+    The largest keys log(u) / w are such a sample (Efraimidis and Spirakis 2006); unlike torch.multinomial, any number
+    of weights and draws will do.
     """
     keys = torch.rand(len(weights), generator=generator).clamp(min=1e-30).log() / weights
     return keys.topk(min(num, len(weights))).indices

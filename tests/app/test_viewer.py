@@ -138,9 +138,14 @@ def test_painter_stays_with_drafts_while_the_camera_moves(painting):
     assert log.wait_for(moving + 1)[-1] == viewer._FULL_PX
 
 
-def test_questions_during_a_paint_are_answered_by_one_paint(painting):
+def test_questions_during_a_paint_are_answered_by_one_paint():
     log, gate = _Log(), threading.Event()
-    painter = Painter(lambda long_side: (log.paint(long_side), gate.wait(10)) and None, log.errors.append)
+
+    def paint_slowly(long_side: int) -> None:
+        log.paint(long_side)
+        gate.wait(10)
+
+    painter = Painter(paint_slowly, log.errors.append)
     painter.start()
     painter.ask()
     log.wait_for(1)

@@ -1,0 +1,164 @@
+"""The viewer in a real browser: viser's splats and our rasterizer show the same thing, wherever the visitor looks."""
+
+import base64
+import io
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("viser")
+
+from l2m_viz.data import fit_long_side, load_sample, write_image
+from l2m_viz.show.scene import hatch
+
+PHOTO_PX = 480  # our rasterizer draws true sizes: a much smaller photo would show gaps between its pixels
+SIDE = 48  # cells along the longer side of compared pictures: blurs what two renderers may draw differently
+HOLE = hatch(48, 48).mean(dim=(0, 1)).numpy()  # the stripes, blurred
+
+_COPY = """image => {
+    const copy = document.createElement('canvas');
+    [copy.width, copy.height] = [image.naturalWidth, image.naturalHeight];
+    copy.getContext('2d').drawImage(image, 0, 0);
+    return copy.toDataURL();
+}"""
+
+
+@pytest.fixture
+def viewer(serve, page, tmp_path):
+    """The viewer of a small photo with measured depth, open in a page; nothing is fetched from elsewhere."""
+    sample = load_sample("motorcycle")
+    assert sample.depth_A is not None and sample.valid_A is not None
+    write_image(tmp_path / "photo.png", fit_long_side(sample.image_A, PHOTO_PX))
+    depth = np.where(sample.valid_A, sample.depth_A, np.nan).astype(np.float32)
+    np.save(tmp_path / "depth.npy", depth)
+    files = (
+        "--image",
+        str(tmp_path / "photo.png"),
+        "--depth",
+        str(tmp_path / "depth.npy"),
+        "--max-side",
+        "160",
+    )
+    address = serve("app.viewer", *files)
+    foreign: list[str] = []
+    page.on(
+        "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else foreign.append(r.url)
+    )
+    page.set_viewport_size({"width": 720, "height": 420})
+    page.goto(address)
+    yield page
+    assert not foreign
+
+
+def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
+    eventually(lambda: agree(viewer), "the splats look like our rasterizer's view of the photo")
+    start_text, start = numbers(viewer), panel(viewer)
+    assert start.std() > 0.1
+    assert "640 ×" in start_text or "× 640" in start_text  # full size once the camera stands still
+
+    viewer.mouse.move(100, 300)
+    viewer.mouse.down()
+    viewer.mouse.move(115, 305, steps=3)
+    viewer.mouse.up()
+    eventually(lambda: numbers(viewer) != start_text, "another camera, other holes")
+    eventually(lambda: agree(viewer), "the splats look like our rasterizer's view from the side")
+    assert np.abs(panel(viewer) - start).mean() > 0.03
+
+    viewer.get_by_role("button", name="A", exact=True).click()
+    eventually(lambda: np.abs(panel(viewer) - start).mean() < 0.02, "camera A is where the visitor began")
+    for _ in range(4):
+        viewer.mouse.wheel(0, 500)
+        time.sleep(0.3)
+    eventually(lambda: drawn(canvas(viewer)) < 0.3, "the scene is small")
+    eventually(lambda: drawn(canvas(viewer)) > 0.5 * drawn(panel(viewer), HOLE), "its splats are still there")
+
+
+def test_colours_and_main_view(viewer):
+    eventually(lambda: agree(viewer), "the splats are drawn")
+    rgb, ours = canvas(viewer), panel(viewer)
+    choose_colours(viewer, "features (PCA)")
+    eventually(
+        lambda: np.abs(canvas(viewer) - rgb)[center(rgb)].mean() > 0.08, "feature colours on the splats"
+    )
+    eventually(
+        lambda: np.abs(panel(viewer) - ours)[center(ours)].mean() > 0.08, "feature colours in the panel"
+    )
+    eventually(lambda: agree(viewer), "the same feature colours in both")
+    choose_colours(viewer, "depth")
+    eventually(lambda: "(red) to" in numbers(viewer), "the colour map's ends are written under the picture")
+    eventually(lambda: agree(viewer), "the same depth colours in both")
+    choose_colours(viewer, "RGB")
+    viewer.get_by_role("checkbox").last.click()
+    eventually(lambda: np.abs(canvas(viewer) - HOLE)[-5:].max() < 0.1, "our view fills the main view")
+    eventually(lambda: agree(viewer), "it is the same picture")
+    viewer.get_by_role("checkbox").last.click()
+    eventually(lambda: np.abs(canvas(viewer) - rgb).mean() < 0.02, "the splats are back")
+
+
+def eventually(check: Callable[[], bool], what: str, seconds: float = 40) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.5)
+    print(f"{what}: {seconds - end + time.monotonic():.1f} s")
+
+
+def choose_colours(page, name: str) -> None:
+    page.locator("input[role=combobox]:visible").first.click()
+    page.get_by_role("option", name=name).click()
+
+
+def numbers(page) -> str:
+    return page.get_by_text("holes (striped)").locator("xpath=..").inner_text()
+
+
+def canvas(page) -> np.ndarray:
+    clip = page.locator("canvas").first.bounding_box()
+    return small(page.screenshot(clip=clip, timeout=60_000))
+
+
+def panel(page) -> np.ndarray:
+    """The picture itself, without the page around it."""
+    data = page.locator("img[src^='blob:']").first.evaluate(_COPY)
+    return small(base64.b64decode(data.split(",")[1]))
+
+
+def small(png: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    scale = SIDE / max(picture.size)
+    wh = (round(picture.width * scale), round(picture.height * scale))
+    return np.asarray(picture.resize(wh, Image.Resampling.BOX), np.float32) / 255
+
+
+def center(picture: np.ndarray) -> tuple[slice, slice]:
+    height, width = picture.shape[:2]
+    return slice(height // 3, -height // 3), slice(width // 3, -width // 3)
+
+
+def drawn(picture: np.ndarray, background: np.ndarray | float = 1.0) -> float:
+    """Share of the lower half (a message about software rendering is above) that is not background."""
+    below = picture[len(picture) // 2 :]
+    return float((np.abs(below - background).max(axis=-1) > 0.12).mean())
+
+
+def agree(page) -> bool:
+    """Whether main view and panel show the same where the panel has no hole, and would not if one were shifted."""
+    shown, ours = canvas(page), panel(page)
+    if shown.shape != ours.shape:
+        return False  # the panel does not have the window's shape yet
+    compared = np.abs(ours - HOLE).max(axis=-1) > 0.12
+    compared[: len(ours) // 3, : 2 * len(ours[0]) // 3] = False  # a message may cover this corner
+    compared[:, [0, 1, -2, -1]] = compared[[0, 1, -2, -1]] = False
+    shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+    likeness = [correlation(np.roll(shown, shift, axis=(0, 1))[compared], ours[compared]) for shift in shifts]
+    print(likeness)
+    return likeness[0] > 0.8 and likeness[0] == max(likeness)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return (
+        0.0 if len(a) < 20 or min(a.std(), b.std()) < 0.02 else float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+    )
