@@ -71,7 +71,9 @@ def main() -> None:
     """Take both pictures."""
     browser_path = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser_path is None:
-        sys.exit(f"screenshots: no browser found ({', '.join(_BROWSERS)}); on Debian: apt-get install chromium")
+        sys.exit(
+            f"screenshots: no browser found ({', '.join(_BROWSERS)}); on Debian: apt-get install chromium"
+        )
     IMAGES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=_ARGS)

@@ -7,15 +7,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("viser")
 
-from l2m_viz.data import fit_long_side, load_sample, write_image
+from l2m_viz.data import write_image
+from l2m_viz.demo import FOCAL_OVER_WIDTH
+from l2m_viz.geometry import Camera, intrinsics
+from l2m_viz.geometry.scenes import sphere_on_plane
 from l2m_viz.show.scene import hatch
 
-PHOTO_PX = 480  # our rasterizer draws true sizes: a much smaller photo would show gaps between its pixels
-SIDE = 48  # cells along the longer side of compared pictures: blurs what two renderers may draw differently
+WH = (320, 240)
+SIDE = 32  # cells along the longer side of compared pictures: blurs what two renderers may draw differently
 HOLE = hatch(48, 48).mean(dim=(0, 1)).numpy()  # the stripes, blurred
 
 _COPY = """image => {
@@ -28,21 +32,15 @@ _COPY = """image => {
 
 @pytest.fixture
 def viewer(serve, page, tmp_path):
-    """The viewer of a small photo with measured depth, open in a page; nothing is fetched from elsewhere."""
-    sample = load_sample("motorcycle")
-    assert sample.depth_A is not None and sample.valid_A is not None
-    write_image(tmp_path / "photo.png", fit_long_side(sample.image_A, PHOTO_PX))
-    depth = np.where(sample.valid_A, sample.depth_A, np.nan).astype(np.float32)
-    np.save(tmp_path / "depth.npy", depth)
-    files = (
-        "--image",
-        str(tmp_path / "photo.png"),
-        "--depth",
-        str(tmp_path / "depth.npy"),
-        "--max-side",
-        "160",
-    )
-    address = serve("app.viewer", *files)
+    """The viewer of a sphere before a wall, open in a page; nothing is fetched from elsewhere."""
+    camera = Camera(intrinsics(FOCAL_OVER_WIDTH * WH[0], (WH[1], WH[0])), torch.eye(4), *WH)
+    scene = sphere_on_plane()
+    write_image(tmp_path / "photo.png", scene.image(camera, period=1.5))
+    np.save(tmp_path / "depth.npy", scene.depth(camera)[0].numpy())
+    files = ("--image", f"{tmp_path}/photo.png", "--depth", f"{tmp_path}/depth.npy")
+    address = serve(
+        "app.viewer", *files, "--max-splats", "10000"
+    )  # software WebGL draws them on the processor
     foreign: list[str] = []
     page.on(
         "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else foreign.append(r.url)
