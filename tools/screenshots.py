@@ -16,8 +16,16 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Software WebGL, and no calls home.
-_ARGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # fmt: skip
+_ARGS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+]
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -17,19 +19,19 @@ from l2m_viz.errors import ShapeError
 from l2m_viz.matching import Matches
 from l2m_viz.show.colors import COLOR_MAPS, NOTHING, value_limits
 
-_PANEL_INCHES = 4.2
+_PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES = 4.2, 0.75, 0.35
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure: an image (H, W, 3), or a scalar map (H, W) with its colour bar.
+    """One picture of a figure: an image (H, W, 3), a bool mask (H, W), or a scalar map (H, W) with its colour bar.
 
     ``mask`` is True where there is something to show; the rest is grey. ``label`` names the value and its unit.
     """
 
     title: str
-    values: Float[Tensor, "h w *rgb"]
-    kind: Literal["image", "depth", "certainty", "error"] = "image"
+    values: Float[Tensor, "h w *rgb"] | Bool[Tensor, "h w"]
+    kind: Literal["image", "mask", "depth", "certainty", "error"] = "image"
     mask: Bool[Tensor, "h w"] | None = None
     label: str = ""
     limits: tuple[float, float] | None = None
@@ -46,7 +48,9 @@ def panels(*contents: Panel, columns: int = 3) -> Figure:
     columns = min(columns, len(contents))
     rows = -(-len(contents) // columns)
     aspect = max(panel.values.shape[0] / panel.values.shape[1] for panel in contents)
-    height = _PANEL_INCHES * min(aspect, 2.0) + 0.45
+    bars = any(panel.kind in COLOR_MAPS for panel in contents[: columns * rows])
+    picture_width = _PANEL_INCHES - _BAR_INCHES * bars
+    height = picture_width * min(aspect, 2.0) + _TITLE_INCHES
     figure = Figure(figsize=(_PANEL_INCHES * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, contents, strict=False):
@@ -75,12 +79,12 @@ def matches(
     canvas = torch.ones(height, width, 3)
     canvas[: image_A.shape[0], : image_A.shape[1]] = image_A
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
-    figure = Figure(
-        figsize=(2.4 * _PANEL_INCHES, 2.4 * _PANEL_INCHES * height / width + 0.4), layout="constrained"
-    )
+    figure_width = 2.4 * _PANEL_INCHES
+    figure_height = (figure_width - _BAR_INCHES) * height / width + _TITLE_INCHES
+    figure = Figure(figsize=(figure_width, figure_height), layout="constrained")
     axis = figure.subplots()
     axis.imshow(canvas.numpy(), extent=(0, width, height, 0))  # continuous pixel coordinates: [0, W] x [0, H]
-    axis.set_axis_off()
+    _hide_frame(axis)
     if len(matches):
         shown = torch.linspace(0, len(matches) - 1, min(num, len(matches))).long()
         ends_A = matches.points_A[shown]
@@ -121,14 +125,16 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_panel(figure: Figure, axis, panel: Panel) -> None:  # noqa: ANN001 (matplotlib's Axes is not generic)
+def _draw_panel(figure: Figure, axis: Axes, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    _hide_frame(axis)
     if panel.kind == "image":
         values = panel.values.clamp(0, 1)
         shown = values if panel.mask is None else torch.where(panel.mask[..., None], values, NOTHING)
         axis.imshow(shown.numpy())
+        return
+    if panel.kind == "mask":
+        axis.imshow(panel.values.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         return
     low, high = panel.limits or value_limits(panel.values, panel.kind, panel.mask)
     values = panel.values.numpy().copy()
@@ -136,6 +142,16 @@ def _draw_panel(figure: Figure, axis, panel: Panel) -> None:  # noqa: ANN001 (ma
     if panel.mask is not None:
         values[~panel.mask.numpy()] = float("nan")
     picture = axis.imshow(values, cmap=COLOR_MAPS[panel.kind], vmin=low, vmax=high, interpolation="nearest")
-    figure.colorbar(
-        picture, ax=axis, label=panel.label, fraction=0.046 * panel.values.shape[0] / panel.values.shape[1]
-    )
+    _color_bar(figure, axis, picture, panel.label)
+
+
+def _hide_frame(axis: Axes) -> None:
+    """No ticks, no lines."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def _color_bar(figure: Figure, axis: Axes, picture: ScalarMappable, label: str) -> None:
+    """A bar beside the picture, exactly as high."""
+    figure.colorbar(picture, cax=axis.inset_axes((1.02, 0, 0.035, 1)), label=label)

