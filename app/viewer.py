@@ -147,6 +147,7 @@ class Visitor:
             client, shown.gaussians, pictures=shown.pictures, max_gaussians=max_splats
         )
         self._complaint = ""
+        self._turn = threading.Lock()  # viser calls from many threads: the last value must win
         self._painter = Painter(self._paint, self._complain)
         self._add_display_controls()
         self._add_render_panel()
@@ -174,14 +175,11 @@ class Visitor:
     def _add_display_controls(self) -> None:
         gui = self.client.gui
         gui.add_markdown(self.shown.title)
-        self._colors = gui.add_dropdown(
-            "Colours", tuple(_MODES), hint="Of the splats and of our rasterizer's view"
-        )
+        self._colors = gui.add_dropdown("Colours", tuple(_MODES), hint="Of the splats and of our view")
         self._colors.on_update(lambda _: self._recolor())
-        size = gui.add_slider(
-            "Splat size", 1.0, 4.0, 0.2, scenes.DISPLAY_SIZE, hint="Times the true size; display only"
-        )
-        size.on_update(lambda _: self.scene.set_size(size.value))
+        hint = "Times the true size; display only"
+        self._size = gui.add_slider("Splat size", 1.0, 4.0, 0.2, scenes.DISPLAY_SIZE, hint=hint)
+        self._size.on_update(lambda _: self._resize())
         frusta = gui.add_checkbox("Cameras", True, hint="Click a camera's picture to stand there")
         frusta.on_update(lambda _: self.scene.show_frusta(frusta.value))
         buttons = gui.add_button_group("Go to camera", tuple(self.shown.pictures))
@@ -193,36 +191,41 @@ class Visitor:
             blank = to_uint8(scenes.hatch(9 * 16, 14 * 16))
             self._picture = gui.add_image(blank, format="jpeg", jpeg_quality=90)
             self._numbers = gui.add_markdown("drawing ...")
-            self._large = gui.add_checkbox(
-                "In place of the splats", False, hint="Fills the main view with it"
-            )
+            self._large = gui.add_checkbox("In main view", False, hint="In place of the splats")
             self._large.on_update(lambda _: self._switch_view())
 
     def _recolor(self) -> None:
-        mode = _MODES[self._colors.value]
         shown = self.shown
-        self.scene.set_colors(scenes.gaussian_colors(shown.gaussians, mode, shown.pca, shown.camera))
+        with self._turn:
+            mode = _MODES[self._colors.value]
+            self.scene.set_colors(scenes.gaussian_colors(shown.gaussians, mode, shown.pca, shown.camera))
+        self._painter.ask()
+
+    def _resize(self) -> None:
+        with self._turn:
+            self.scene.set_size(self._size.value)
         self._painter.ask()
 
     def _switch_view(self) -> None:
-        self.scene.show_gaussians(not self._large.value)
-        if not self._large.value:
-            self.client.scene.set_background_image(None)
+        with self._turn:
+            self.scene.show_gaussians(not self._large.value)
+            if not self._large.value:
+                self.client.scene.set_background_image(None)
         self._painter.ask()
 
     def _paint(self, long_side: int) -> None:
-        start = time.perf_counter()
         eye, units = self.client.camera, self.scene.units
         seen = ViewerCamera.of(eye)
         self.scene.see_from(scenes.camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
         camera = scenes.camera_from_viewer(seen, units, long_side)
-        mode = _MODES[self._colors.value]
+        mode, start = _MODES[self._colors.value], time.perf_counter()
         view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca)
         milliseconds = 1000 * (time.perf_counter() - start)
         image = to_uint8(view.image)
         self._picture.image = image
-        if self._large.value:
-            self.client.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
+        with self._turn:
+            if self._large.value:
+                self.client.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
         self._numbers.content = _describe(view, camera, milliseconds, mode, self.shown.length_unit)
         self._complaint = ""
 
@@ -235,14 +238,12 @@ class Visitor:
 
 
 def _describe(view: NovelView, camera: Camera, milliseconds: float, mode: ColorMode, length_unit: str) -> str:
-    text = (
-        f"holes (striped) {view.hole_share:.1%}, {camera.width} × {camera.height} px, {milliseconds:.0f} ms"
-    )
+    size = f"{camera.width} × {camera.height} px"
+    text = f"holes (striped) {view.hole_share:.1%}, {size}, {milliseconds:.0f} ms"
     if mode == "depth":
         near, far = view.depth_limits
-        text += (
-            f"\n\ndepth {near:.2f} {length_unit} (red) to {far:.2f} {length_unit} (blue), from this camera"
-        )
+        ends = f"{near:.2f} {length_unit} (red) to {far:.2f} {length_unit} (blue)"
+        text += f"\n\ndepth {ends}, from this camera"
     return text
 
 
@@ -257,14 +258,17 @@ def serve(cfg: ViewerCfg, shown: Shown) -> None:
 
         @server.on_client_connect
         def _(client: viser.ClientHandle) -> None:
-            visitors[client.client_id] = Visitor(client, shown, cfg.max_splats)
+            visitors[client.client_id] = visitor = Visitor(client, shown, cfg.max_splats)
+            # A visitor may be gone before there was anything to clean up.
+            if client.client_id not in server.get_clients():
+                visitor.leave()
 
         @server.on_client_disconnect
         def _(client: viser.ClientHandle) -> None:
             if (visitor := visitors.pop(client.client_id, None)) is not None:
                 visitor.leave()
 
-        moved = "" if server.get_port() == cfg.port else f" (port {cfg.port} is taken)"
+        moved = "" if cfg.port in (0, server.get_port()) else f" (port {cfg.port} is taken)"
         print(f"viewer: http://{cfg.host}:{server.get_port()}{moved}, Ctrl-C ends it", flush=True)
         try:
             threading.Event().wait()
@@ -276,9 +280,8 @@ def serve(cfg: ViewerCfg, shown: Shown) -> None:
 
 def main() -> None:
     """Entry of ``python -m app.viewer``."""
-    logging.getLogger("websockets").setLevel(
-        logging.CRITICAL
-    )  # who hangs up while connecting is not our trouble
+    # A browser that hangs up while it connects is no trouble of ours.
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)
     cfg = tyro.cli(ViewerCfg, prog="python -m app.viewer", description="Look at a lifted photo in 3D.")
     try:
         serve(cfg, load(cfg))

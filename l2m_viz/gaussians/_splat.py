@@ -1,4 +1,4 @@
-"""Numba kernels of the CPU splatter: project, order by depth, bin into tiles, composite.
+"""Numba kernels of the CPU splatter: project, bin into tiles, order each tile by depth, composite.
 
 The functions have no annotations: `no_type_check` keeps jaxtyping's test hook from wrapping what numba compiles.
 
@@ -20,9 +20,16 @@ TILE = 16
 MEAN_X, MEAN_Y, CONIC_XX, CONIC_XY, CONIC_YY, OPACITY, MAX_POWER, EXTENT_X, EXTENT_Y, DEPTH = range(10)
 NUM_COLUMNS = 10
 _FAST = {"contract", "nsz", "arcp"}  # fused multiply-add and reciprocals; NaN and infinity keep their meaning
-_RADIX_BITS = 11
+_ROW = _FAST | {"nnan"}  # in a row's arithmetic NaN cannot occur, and min and max become single instructions
+_RADIX_BITS, _RADIX = 8, 256
+_CHUNKS = 8  # of the Gaussians, for counting in parallel; more than cores is harmless
+_LANES = 8  # pixels of a row that are blended at once when a Gaussian is narrow
+_CHECK_EVERY = 64  # Gaussians after which a tile looks whether all of its pixels have ended
+# A tile's working memory: planes of TILE * TILE floats.
+_PLANES = 7
+_RED, _GREEN, _BLUE, _DEPTH, _WEIGHT, _LAST = (np.uint64(plane * TILE * TILE) for plane in range(1, _PLANES))
 _MAX_ALPHA, _MIN_ALPHA = np.float32(MAX_ALPHA), np.float32(MIN_ALPHA)
-_MIN_TRANSMITTANCE = np.float32(MIN_TRANSMITTANCE)
+_MIN_TRANSMITTANCE, _ZERO = np.float32(MIN_TRANSMITTANCE), np.float32(0)
 _LOG2E, _LN2_HI, _LN2_LO = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
@@ -87,7 +94,8 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
             continue
         inverse = one / determinant
         max_power = math.log(opacity / _MIN_ALPHA)
-        extent_x, extent_y = math.sqrt(2 * max_power * xx), math.sqrt(2 * max_power * yy)
+        two_powers = np.float32(2) * max_power
+        extent_x, extent_y = math.sqrt(two_powers * xx), math.sqrt(two_powers * yy)
         # pixel centres sit at +0.5; clip in float before converting, a huge Gaussian would overflow an int
         left, right = max(u - extent_x, np.float32(0)), min(u + extent_x, np.float32(width))
         top, bottom = max(v - extent_y, np.float32(0)), min(v + extent_y, np.float32(height))
@@ -106,55 +114,76 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
         tiles[i, 3] = min(int(bottom) // TILE + 1, rows)
 
 
-@numba.njit(cache=True)
+@numba.njit(parallel=True, cache=True)
 @no_type_check
-def order_by_depth(screen, tiles):
-    """Indices of the drawn Gaussians by depth, ties by index: stable radix sort of the floats' bits (all positive)."""
-    n = screen.shape[0]
-    count = 0
-    for i in range(n):
-        count += tiles[i, 2] > tiles[i, 0]
-    keys, order = np.empty(count, np.uint32), np.empty(count, np.int32)
-    keys2, order2 = np.empty(count, np.uint32), np.empty(count, np.int32)
-    count = 0
-    for i in range(n):
-        if tiles[i, 2] > tiles[i, 0]:
-            keys[count], order[count] = np.float32(screen[i, DEPTH]).view(np.uint32), i
-            count += 1
-    size = 1 << _RADIX_BITS
-    for shift in (0, _RADIX_BITS, 2 * _RADIX_BITS):
-        start = np.zeros(size + 1, np.int64)
-        for k in range(count):
-            start[((keys[k] >> np.uint32(shift)) & np.uint32(size - 1)) + 1] += 1
-        for b in range(size):
-            start[b + 1] += start[b]
-        for k in range(count):
-            digit = (keys[k] >> np.uint32(shift)) & np.uint32(size - 1)
-            keys2[start[digit]], order2[start[digit]] = keys[k], order[k]
-            start[digit] += 1
-        keys, keys2, order, order2 = keys2, keys, order2, order
-    return order
+def bin_into_tiles(tiles, columns, rows):
+    """Lists of Gaussians for each tile, in the order of the input: return (start (tiles + 1), indices).
 
-
-@numba.njit(cache=True)
-@no_type_check
-def bin_into_tiles(order, tiles, columns, rows):
-    """Lists of Gaussians for each tile, nearest first: return (start (tiles + 1), indices)."""
-    start = np.zeros(columns * rows + 1, np.int64)
-    for i in order:
-        for ty in range(tiles[i, 1], tiles[i, 3]):
-            for tx in range(tiles[i, 0], tiles[i, 2]):
-                start[ty * columns + tx + 1] += 1
-    for t in range(columns * rows):
-        start[t + 1] += start[t]
-    indices, cursor = np.empty(start[-1], np.int32), start[:-1].copy()
-    for i in order:
-        for ty in range(tiles[i, 1], tiles[i, 3]):
-            for tx in range(tiles[i, 0], tiles[i, 2]):
-                t = ty * columns + tx
-                indices[cursor[t]] = i
-                cursor[t] += 1
+    The Gaussians are dealt to the threads in chunks; each counts, then fills its own part of every list.
+    """
+    n, num_tiles = tiles.shape[0], columns * rows
+    cursor = np.zeros((_CHUNKS, num_tiles), np.int64)
+    for chunk in numba.prange(_CHUNKS):
+        for i in range(chunk * n // _CHUNKS, (chunk + 1) * n // _CHUNKS):
+            for ty in range(tiles[i, 1], tiles[i, 3]):
+                for tx in range(tiles[i, 0], tiles[i, 2]):
+                    cursor[chunk, ty * columns + tx] += 1
+    start = np.zeros(num_tiles + 1, np.int64)
+    total = 0
+    for tile in range(num_tiles):
+        for chunk in range(_CHUNKS):
+            count = cursor[chunk, tile]
+            cursor[chunk, tile] = total
+            total += count
+        start[tile + 1] = total
+    indices = np.empty(total, np.int32)
+    for chunk in numba.prange(_CHUNKS):
+        for i in range(chunk * n // _CHUNKS, (chunk + 1) * n // _CHUNKS):
+            for ty in range(tiles[i, 1], tiles[i, 3]):
+                for tx in range(tiles[i, 0], tiles[i, 2]):
+                    tile = ty * columns + tx
+                    indices[cursor[chunk, tile]] = i
+                    cursor[chunk, tile] += 1
     return start, indices
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def sort_tiles(start, indices, screen):
+    """Order each tile's list by depth, ties by index, in place.
+
+    A stable radix sort of the floats' bits (all positive, so they order like integers), counted from the tile's nearest
+    depth: digits that no depth of the tile reaches need no pass.
+    """
+    for tile in numba.prange(start.shape[0] - 1):
+        first, n = start[tile], start[tile + 1] - start[tile]
+        if n < 2:
+            continue
+        keys, ids = np.empty((2, n), np.uint32), np.empty((2, n), np.int32)
+        histogram = np.empty(_RADIX + 1, np.int32)
+        nearest, farthest = np.uint32(0xFFFFFFFF), np.uint32(0)
+        for k in range(n):
+            i = indices[first + k]
+            key = np.float32(screen[i, DEPTH]).view(np.uint32)
+            keys[0, k], ids[0, k] = key, i
+            nearest, farthest = min(nearest, key), max(farthest, key)
+        span, shift, source = farthest - nearest, np.uint32(0), 0
+        while shift < np.uint32(32) and (span >> shift) > np.uint32(0):
+            histogram[:] = 0
+            for k in range(n):
+                digit = ((keys[source, k] - nearest) >> shift) & np.uint32(_RADIX - 1)
+                histogram[digit + np.uint32(1)] += 1
+            for digit in range(_RADIX):
+                histogram[digit + 1] += histogram[digit]
+            for k in range(n):
+                digit = ((keys[source, k] - nearest) >> shift) & np.uint32(_RADIX - 1)
+                place = histogram[digit]
+                histogram[digit] = place + 1
+                keys[1 - source, place], ids[1 - source, place] = keys[source, k], ids[source, k]
+            source = 1 - source
+            shift += np.uint32(_RADIX_BITS)
+        for k in range(n):
+            indices[first + k] = ids[source, k]
 
 
 @numba.njit(inline="always", fastmath=_FAST)
@@ -176,60 +205,108 @@ def _exp_negative(power):
     return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
+@numba.njit(inline="always", fastmath=_ROW)
+@no_type_check
+def _blend_row(planes, base, lanes, dx, half_xx, xy_dy, half_yy_dy2, gaussian, step):
+    """Blend one Gaussian into ``lanes`` neighbouring pixels of a tile's row: no branches, so that it can be vectorised.
+
+    A pixel that has ended holds its transmittance negated, which no Gaussian can pass.
+    """
+    opacity, max_power, z, red, green, blue = gaussian
+    for x in range(lanes):
+        p = base + np.uint64(x)
+        offset = np.float32(x) + dx
+        power = (half_xx * offset + xy_dy) * offset + half_yy_dy2
+        alpha = min(_MAX_ALPHA, opacity * _exp_negative(min(max(power, _ZERO), np.float32(30))))
+        alpha = alpha if (power <= max_power) & (power >= _ZERO) else _ZERO
+        before = planes[p]
+        after = before * (np.float32(1) - alpha)
+        drawn = after > _MIN_TRANSMITTANCE
+        weight = alpha * before if drawn else _ZERO
+        planes[p] = after if drawn else -abs(before)
+        planes[p + _RED] += weight * red
+        planes[p + _GREEN] += weight * green
+        planes[p + _BLUE] += weight * blue
+        planes[p + _DEPTH] += weight * z
+        planes[p + _WEIGHT] = weight
+        planes[p + _LAST] = step if weight > _ZERO else planes[p + _LAST]
+
+
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
 def composite_tiles(
-    start, indices, screen, colors, features, columns, rows, color, feature, depth, transmittance, last
+    start, indices, screen, colors, features, columns, color, feature, depth, transmittance, last
 ):
-    """Blend front to back into color (H, W, 3), feature (H, W, D), depth (H, W); all zero, transmittance one, at entry.
+    """Blend front to back; fill color (H, W, 3), feature (H, W, D), depth, transmittance and last (H, W).
 
-    ``depth`` becomes the sum of weight times z; the caller divides by alpha. ``last`` (H, W), -1 at entry, becomes the
-    position in ``indices`` of the last Gaussian drawn in each pixel, where the backward pass begins.
+    ``depth`` is the sum of weight times z; the caller divides by alpha. ``last`` is the position in ``indices`` of the
+    last Gaussian drawn in each pixel, where the backward pass begins, or -1.
     """
     height, width = transmittance.shape
     channels = features.shape[1]
-    for tile in numba.prange(columns * rows):
+    for tile in numba.prange(start.shape[0] - 1):
         x_first, y_first = (tile % columns) * TILE, (tile // columns) * TILE
-        x_last, y_last = min(x_first + TILE, width), min(y_first + TILE, height)
-        alive = (x_last - x_first) * (y_last - y_first)
-        for k in range(start[tile], start[tile + 1]):
-            if alive == 0:
+        wide, high = min(TILE, width - x_first), min(TILE, height - y_first)
+        planes = np.zeros(_PLANES * TILE * TILE, np.float32)
+        blended = np.zeros((TILE * TILE, channels), np.float32)
+        planes[: TILE * TILE] = np.float32(-1)  # pixels outside the image have ended
+        for y in range(high):
+            planes[y * TILE : y * TILE + wide] = np.float32(1)
+        first, n = start[tile], start[tile + 1] - start[tile]
+        # Gather first: independent loads overlap their cache misses, those between branches would not.
+        local = np.empty((n, NUM_COLUMNS + 3), np.float32)
+        for k in range(n):
+            i = np.uint64(indices[first + k])
+            for c in range(NUM_COLUMNS):
+                local[k, c] = screen[i, c]
+            for c in range(3):
+                local[k, NUM_COLUMNS + c] = colors[i, c]
+        for k in range(n):
+            if k % _CHECK_EVERY == _CHECK_EVERY - 1 and planes[: TILE * TILE].max() < 0:
                 break
-            i = indices[k]
-            mx, my = screen[i, MEAN_X], screen[i, MEAN_Y]
-            xx, xy, yy = screen[i, CONIC_XX], screen[i, CONIC_XY], screen[i, CONIC_YY]
-            opacity, max_power, z = screen[i, OPACITY], screen[i, MAX_POWER], screen[i, DEPTH]
-            ex, ey = screen[i, EXTENT_X], screen[i, EXTENT_Y]
-            top = max(y_first, int(math.ceil(max(my - ey, np.float32(-1)) - np.float32(0.5))))
-            bottom = min(y_last - 1, int(math.floor(min(my + ey, np.float32(height)) - np.float32(0.5))))
-            left = max(x_first, int(math.ceil(max(mx - ex, np.float32(-1)) - np.float32(0.5))))
-            right = min(x_last - 1, int(math.floor(min(mx + ex, np.float32(width)) - np.float32(0.5))))
-            red, green, blue = colors[i, 0], colors[i, 1], colors[i, 2]
+            g = local[k]
+            # centre in coordinates of the tile in which pixel x has its centre at x
+            mx = g[MEAN_X] - (np.float32(x_first) + np.float32(0.5))
+            my = g[MEAN_Y] - (np.float32(y_first) + np.float32(0.5))
+            top = max(0, int(np.ceil(max(my - g[EXTENT_Y], np.float32(-1)))))
+            bottom = min(high - 1, int(np.floor(min(my + g[EXTENT_Y], np.float32(TILE)))))
+            left = max(0, int(np.ceil(max(mx - g[EXTENT_X], np.float32(-1)))))
+            right = min(wide - 1, int(np.floor(min(mx + g[EXTENT_X], np.float32(TILE)))))
+            half_xx, xy, half_yy = np.float32(0.5) * g[CONIC_XX], g[CONIC_XY], np.float32(0.5) * g[CONIC_YY]
+            gaussian = (
+                g[OPACITY],
+                g[MAX_POWER],
+                g[DEPTH],
+                g[NUM_COLUMNS],
+                g[NUM_COLUMNS + 1],
+                g[NUM_COLUMNS + 2],
+            )
+            step = np.float32(k + 1)
+            i = np.uint64(indices[first + k])
+            narrow = right - left < _LANES
+            offset = min(left, TILE - _LANES) if narrow else 0
+            dx = np.float32(offset) - mx
             for y in range(top, bottom + 1):
-                dy = np.float32(y) + np.float32(0.5) - my
-                for x in range(left, right + 1):
-                    before = transmittance[y, x]
-                    if before < 0:  # ended; the sign bit marks it
-                        continue
-                    dx = np.float32(x) + np.float32(0.5) - mx
-                    power = np.float32(0.5) * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
-                    if power > max_power or power < 0:
-                        continue
-                    alpha = min(_MAX_ALPHA, opacity * _exp_negative(power))
-                    after = before * (np.float32(1) - alpha)
-                    if after <= _MIN_TRANSMITTANCE:
-                        transmittance[y, x] = -before
-                        alive -= 1
-                        continue
-                    transmittance[y, x] = after
-                    last[y, x] = k
-                    weight = alpha * before
-                    color[y, x, 0] += weight * red
-                    color[y, x, 1] += weight * green
-                    color[y, x, 2] += weight * blue
-                    depth[y, x] += weight * z
-                    for c in range(channels):
-                        feature[y, x, c] += weight * features[i, c]
-        for y in range(y_first, y_last):
-            for x in range(x_first, x_last):
-                transmittance[y, x] = abs(transmittance[y, x])
+                dy = np.float32(y) - my
+                base = np.uint64(y * TILE + offset)
+                if narrow:
+                    _blend_row(planes, base, _LANES, dx, half_xx, xy * dy, half_yy * dy * dy, gaussian, step)
+                else:
+                    _blend_row(planes, base, TILE, dx, half_xx, xy * dy, half_yy * dy * dy, gaussian, step)
+                if channels > 0:
+                    for x in range(left, right + 1):
+                        p = np.uint64(y * TILE + x)
+                        weight = planes[p + _WEIGHT]
+                        for c in range(channels):
+                            blended[p, c] += weight * features[i, c]
+        for y in range(high):
+            for x in range(wide):
+                p, row, column = np.uint64(y * TILE + x), y_first + y, x_first + x
+                transmittance[row, column] = abs(planes[p])
+                depth[row, column] = planes[p + _DEPTH]
+                color[row, column, 0] = planes[p + _RED]
+                color[row, column, 1] = planes[p + _GREEN]
+                color[row, column, 2] = planes[p + _BLUE]
+                last[row, column] = first + np.int64(planes[p + _LAST]) - 1 if planes[p + _LAST] > 0 else -1
+                for c in range(channels):
+                    feature[row, column, c] = blended[p, c]

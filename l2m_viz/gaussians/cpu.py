@@ -65,15 +65,16 @@ class _Splat(torch.autograd.Function):
             tiles,
         )
         columns, rows = -(-hw[1] // _splat.TILE), -(-hw[0] // _splat.TILE)
-        start, indices = _splat.bin_into_tiles(_splat.order_by_depth(screen, tiles), tiles, columns, rows)
-        color, feature = np.zeros((*hw, 3), np.float32), np.zeros((*hw, features.shape[1]), np.float32)
+        start, indices = run_kernel(_splat.bin_into_tiles, tiles, columns, rows)
+        run_kernel(_splat.sort_tiles, start, indices, screen)
+        color, feature = np.empty((*hw, 3), np.float32), np.empty((*hw, features.shape[1]), np.float32)
         depth, transmittance, last = (
-            np.zeros(hw, np.float32),
-            np.ones(hw, np.float32),
-            np.full(hw, -1, np.int32),
+            np.empty(hw, np.float32),
+            np.empty(hw, np.float32),
+            np.empty(hw, np.int64),
         )
         run_kernel(
-            _splat.composite_tiles, start, indices, screen, colors, features, columns, rows,
+            _splat.composite_tiles, start, indices, screen, colors, features, columns,
             color, feature, depth, transmittance, last,
         )  # fmt: skip
         if any(ctx.needs_input_grad):

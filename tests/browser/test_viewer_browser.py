@@ -47,6 +47,9 @@ def viewer(serve, page, tmp_path):
     )
     page.set_viewport_size({"width": 720, "height": 420})
     page.goto(address)
+    page.locator(
+        ".mantine-Notification-closeButton"
+    ).first.click()  # "software rendering" would hide the scene
     yield page
     assert not foreign
 
@@ -68,11 +71,14 @@ def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
 
     viewer.get_by_role("button", name="A", exact=True).click()
     eventually(lambda: np.abs(panel(viewer) - start).mean() < 0.02, "back at camera A")
-    for _ in range(4):
+    viewer.mouse.move(100, 300)
+    for _ in range(5):
         viewer.mouse.wheel(0, 500)
         time.sleep(0.3)
-    eventually(lambda: drawn(canvas(viewer)) < 0.3, "the scene is small")
-    eventually(lambda: drawn(canvas(viewer)) > 0.5 * drawn(panel(viewer), HOLE), "its splats are still there")
+    eventually(lambda: drawn(panel(viewer), HOLE) < 0.2, "the scene is small")
+    eventually(
+        lambda: 0.2 > drawn(canvas(viewer)) > 0.5 * drawn(panel(viewer), HOLE), "its splats are still there"
+    )
 
 
 def test_colours_and_main_view(viewer):
@@ -91,7 +97,7 @@ def test_colours_and_main_view(viewer):
     eventually(lambda: agree(viewer), "the same depth colours in both")
     choose_colours(viewer, "RGB")
     viewer.get_by_role("checkbox").last.click()
-    eventually(lambda: np.abs(canvas(viewer) - HOLE)[-5:].max() < 0.1, "our view fills the main view")
+    eventually(lambda: np.abs(canvas(viewer) - HOLE)[-5:].mean() < 0.05, "our view fills the main view")
     eventually(lambda: agree(viewer), "it is the same picture")
     viewer.get_by_role("checkbox").last.click()
     eventually(lambda: np.abs(canvas(viewer) - rgb).mean() < 0.02, "the splats are back")
@@ -102,7 +108,6 @@ def eventually(check: Callable[[], bool], what: str, seconds: float = 40) -> Non
     while not check():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.5)
-    print(f"{what}: {seconds - end + time.monotonic():.1f} s")
 
 
 def choose_colours(page, name: str) -> None:
@@ -138,9 +143,8 @@ def center(picture: np.ndarray) -> tuple[slice, slice]:
 
 
 def drawn(picture: np.ndarray, background: np.ndarray | float = 1.0) -> float:
-    """Share of the lower half (a message about software rendering is above) that is not background."""
-    below = picture[len(picture) // 2 :]
-    return float((np.abs(below - background).max(axis=-1) > 0.12).mean())
+    """Share of the picture that is not background."""
+    return float((np.abs(picture - background).max(axis=-1) > 0.12).mean())
 
 
 def agree(page) -> bool:
@@ -149,13 +153,10 @@ def agree(page) -> bool:
     if shown.shape != ours.shape:
         return False  # the panel does not have the window's shape yet
     compared = np.abs(ours - HOLE).max(axis=-1) > 0.12
-    compared[: len(ours) // 3, : 2 * len(ours[0]) // 3] = False  # a message may cover this corner
     compared[:, [0, 1, -2, -1]] = compared[[0, 1, -2, -1]] = False
     shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
     likeness = [correlation(np.roll(shown, shift, axis=(0, 1))[compared], ours[compared]) for shift in shifts]
-    print(likeness)
-    print(likeness); Image.fromarray((np.concatenate([shown,ours],1)*255).astype(np.uint8)).resize((640,400),0).save("/tmp/viewer_shots/agree.png")
-    return likeness[0] > 0.8 and likeness[0] == max(likeness)
+    return likeness[0] > 0.9 and likeness[0] == max(likeness)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
