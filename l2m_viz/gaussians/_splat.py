@@ -30,7 +30,26 @@ _PLANES = 7
 _RED, _GREEN, _BLUE, _DEPTH, _WEIGHT, _LAST = (np.uint64(plane * TILE * TILE) for plane in range(1, _PLANES))
 _MAX_ALPHA, _MIN_ALPHA = np.float32(MAX_ALPHA), np.float32(MIN_ALPHA)
 _MIN_TRANSMITTANCE, _ZERO = np.float32(MIN_TRANSMITTANCE), np.float32(0)
+_EXP_LIMIT = np.float32(40)  # scales beyond e^40 or below e^-40 are drawn as that
 _LOG2E, _LN2_HI, _LN2_LO = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@numba.njit(inline="always", fastmath=_FAST)
+@no_type_check
+def _exp(x):
+    """exp(x) for |x| < 80 to about 2e-7 relative: 2^n times a polynomial (Cephes' expf)."""
+    n = np.floor(
+        x * _LOG2E + np.float32(0.5)
+    )  # np.floor keeps float32; math.floor would make an int64, and doubles of all
+    x = x - n * _LN2_HI - n * _LN2_LO
+    y = np.float32(1.9875691500e-4)
+    y = y * x + np.float32(1.3981999507e-3)
+    y = y * x + np.float32(8.3334519073e-3)
+    y = y * x + np.float32(4.1665795894e-2)
+    y = y * x + np.float32(1.6666665459e-1)
+    y = y * x + np.float32(5.0000001201e-1)
+    y = y * x * x + x + np.float32(1)
+    return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @numba.njit(inline="always")
@@ -59,7 +78,9 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
         z = w2c[2, 0] * mx + w2c[2, 1] * my + w2c[2, 2] * mz + w2c[2, 3]
         if z < near or z > far:
             continue
-        opacity = np.float32(1) / (np.float32(1) + math.exp(-logit_opacities[i]))
+        opacity = np.float32(1) / (
+            np.float32(1) + _exp(min(max(-logit_opacities[i], -_EXP_LIMIT), _EXP_LIMIT))
+        )
         if opacity < _MIN_ALPHA:
             continue
         inv_z = np.float32(1) / z
@@ -77,7 +98,9 @@ def project_gaussians(means, quats, log_scales, logit_opacities, w2c, K, hw, nea
         b2 = jy * (w2c[1, 2] - y * w2c[2, 2])
         qw, qx, qy, qz = quats[i, 0], quats[i, 1], quats[i, 2], quats[i, 3]
         two = np.float32(2) / (qw * qw + qx * qx + qy * qy + qz * qz)
-        s0, s1, s2 = math.exp(log_scales[i, 0]), math.exp(log_scales[i, 1]), math.exp(log_scales[i, 2])
+        s0 = _exp(min(max(log_scales[i, 0], -_EXP_LIMIT), _EXP_LIMIT))
+        s1 = _exp(min(max(log_scales[i, 1], -_EXP_LIMIT), _EXP_LIMIT))
+        s2 = _exp(min(max(log_scales[i, 2], -_EXP_LIMIT), _EXP_LIMIT))
         # columns of JW R S, one scaled axis each; their outer products sum to the screen covariance
         one = np.float32(1)
         r00, r01, r02 = one - two * (qy * qy + qz * qz), two * (qx * qy - qw * qz), two * (qx * qz + qw * qy)
@@ -186,25 +209,6 @@ def sort_tiles(start, indices, screen):
             indices[first + k] = ids[source, k]
 
 
-@numba.njit(inline="always", fastmath=_FAST)
-@no_type_check
-def _exp_negative(power):
-    """exp(-power) for 0 <= power < 80 to about 2e-7 relative: 2^n times a polynomial (Cephes' expf)."""
-    x = -power
-    n = np.floor(
-        x * _LOG2E + np.float32(0.5)
-    )  # np.floor keeps float32; math.floor would make an int64, and doubles of all
-    x = x - n * _LN2_HI - n * _LN2_LO
-    y = np.float32(1.9875691500e-4)
-    y = y * x + np.float32(1.3981999507e-3)
-    y = y * x + np.float32(8.3334519073e-3)
-    y = y * x + np.float32(4.1665795894e-2)
-    y = y * x + np.float32(1.6666665459e-1)
-    y = y * x + np.float32(5.0000001201e-1)
-    y = y * x * x + x + np.float32(1)
-    return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
-
-
 @numba.njit(inline="always", fastmath=_ROW)
 @no_type_check
 def _blend_row(planes, base, lanes, dx, half_xx, xy_dy, half_yy_dy2, gaussian, step):
@@ -217,7 +221,7 @@ def _blend_row(planes, base, lanes, dx, half_xx, xy_dy, half_yy_dy2, gaussian, s
         p = base + np.uint64(x)
         offset = np.float32(x) + dx
         power = (half_xx * offset + xy_dy) * offset + half_yy_dy2
-        alpha = min(_MAX_ALPHA, opacity * _exp_negative(min(max(power, _ZERO), np.float32(30))))
+        alpha = min(_MAX_ALPHA, opacity * _exp(-min(max(power, _ZERO), np.float32(30))))
         alpha = alpha if (power <= max_power) & (power >= _ZERO) else _ZERO
         before = planes[p]
         after = before * (np.float32(1) - alpha)

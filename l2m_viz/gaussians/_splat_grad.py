@@ -27,7 +27,7 @@ from l2m_viz.gaussians._splat import (
     OPACITY,
     TILE,
     _clamp_limits,
-    _exp_negative,
+    _exp,
 )
 
 # Columns of the gradient by a projected Gaussian, in the order of `_splat`'s columns, then its colour.
@@ -120,7 +120,7 @@ def composite_backward(
                         power = np.float32(0.5) * (xx * dx * dx + yy * dy * dy) + xy * dx * dy
                         if power > max_power or power < 0:
                             continue
-                        falloff = _exp_negative(power)
+                        falloff = _exp(-power)
                         raw_alpha = opacity * falloff
                         alpha = min(_MAX_ALPHA, raw_alpha)
                         remaining = np.float32(1) - alpha
