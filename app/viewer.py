@@ -10,19 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import tyro
 import viser
 
-from l2m_viz.data import load_sample, to_uint8
-from l2m_viz.demo import DemoCfg, feature_gaussians, photo_with_depth
+from l2m_viz.data import to_uint8
 from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians import Gaussians
 from l2m_viz.geometry import Camera
-from l2m_viz.lifting import Depth, lift, orbit_cameras
+from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import scene as scenes
 from l2m_viz.show.scene import ColorMode, NovelView, Pictures, ViewerCamera, ViewerUnits
 
@@ -32,25 +29,13 @@ _STILL_S = 0.3  # a camera that has not moved for this long stands
 
 
 @dataclass(frozen=True)
-class ViewerCfg:
+class ViewerCfg(PhotoCfg):
     """Settings of the viewer."""
 
     # Address to listen on; the default is reachable from this machine only.
     host: str = "127.0.0.1"
     # Port; if it is taken, the next free one.
     port: int = 8080
-    # Embedded sample to show when no photo is given.
-    sample: str = "motorcycle"
-    # A photo of your own.
-    image: Path | None = None
-    # Its depth (.npy, .npz, 16-bit .png, ...); without it the offline prior guesses.
-    depth: Path | None = None
-    # "disparity" if the depth file holds inverse depth up to scale and shift.
-    depth_kind: Literal["depth", "disparity"] = "depth"
-    # Factor on the numbers of the depth file, 0.001 for millimetres.
-    depth_scale: float = 1.0
-    # Larger photos are reduced to this long side in pixels.
-    max_side: int = 800
     # Show at most this many splats in the browser, evenly thinned; fewer for a computer without a graphics card.
     # Our own rasterizer always draws all of them.
     max_splats: int = 400_000
@@ -78,28 +63,15 @@ def load(cfg: ViewerCfg) -> Shown:
     Raises:
         L2MError: the photo, its depth or the sample cannot be read.
     """
-    sample = None if cfg.image else load_sample(cfg.sample)
-    name = cfg.image.name if cfg.image else cfg.sample
-    if sample is not None and sample.depth_A is not None:
-        assert sample.image_B is not None and sample.valid_A is not None and sample.T_A_to_B is not None
-        assert sample.K_A is not None and sample.K_B is not None
-        image, image_B, K = sample.image_A, sample.image_B, sample.K_A
-        depth = Depth(sample.depth_A, sample.valid_A, "metric", "measured")
-        camera_B = Camera(sample.K_B, sample.T_A_to_B, width=image_B.shape[1], height=image_B.shape[0])
-        scene = lift(image, depth, K)
-    else:
-        settings = {"depth_kind": cfg.depth_kind, "depth_scale": cfg.depth_scale, "max_side": cfg.max_side}
-        image, depth, K = photo_with_depth(
-            DemoCfg(sample=cfg.sample, image=cfg.image, depth=cfg.depth, **settings)
-        )
-        scene = lift(image, depth, K)
-        camera_B = orbit_cameras(scene, 4, 2 * DemoCfg.orbit_radius)[1]
-        image_B = scene.render(camera_B).image
-    gaussians, pca = feature_gaussians(image, depth, K)
+    photo = lift_photo(cfg)
+    scene, depth = photo.scene, photo.depth
+    image_B = scene.render(photo.camera_B).image if photo.image_B is None else photo.image_B
+    gaussians, pca = feature_gaussians(scene.image, depth, scene.K)
     unit = "m" if depth.kind == "metric" else "(relative)"
     near, far = (depth.depth[depth.valid_mask].quantile(q).item() for q in (0.0, 1.0))
-    title = f"**{name}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
-    return Shown(title, gaussians, pca, {"A": (scene.camera, image), "B": (camera_B, image_B)}, unit)
+    title = f"**{photo.title}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
+    pictures = {"A": (scene.camera, scene.image), "B": (photo.camera_B, image_B)}
+    return Shown(title, gaussians, pca, pictures, unit)
 
 
 class Painter(threading.Thread):

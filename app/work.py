@@ -18,9 +18,8 @@ from torch import Tensor
 
 from app.examples import Example, Truth, find_truth
 from l2m_viz.data import read_image, to_uint8
-from l2m_viz.demo import compare_with_truth
 from l2m_viz.errors import ImageError, L2MError
-from l2m_viz.evaluation import end_point_error
+from l2m_viz.evaluation import compare_with_truth, end_point_error
 from l2m_viz.geometry import normalized_grid, sample_image
 from l2m_viz.matching import Match, Matches, load_matcher
 from l2m_viz.show.colors import colorize

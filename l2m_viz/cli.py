@@ -10,6 +10,7 @@ from tqdm import tqdm
 from l2m_viz.demo import DemoCfg, run_demo
 from l2m_viz.errors import L2MError
 from l2m_viz.jobs import lift_to_folder, match_to_folder
+from l2m_viz.photo import PhotoCfg
 
 app = tyro.extras.SubcommandApp()
 _Path = Annotated[Path, tyro.conf.Positional]
@@ -68,8 +69,8 @@ def lift(
         views: Number of random new cameras, drawn from the paper's ranges.
         seed: Seed of the random cameras.
     """
-    cfg = DemoCfg(out=out, image=image, depth=depth, depth_kind=depth_kind, depth_scale=depth_scale)
-    for line in lift_to_folder(cfg, views, seed):
+    cfg = PhotoCfg(image=image, depth=depth, depth_kind=depth_kind, depth_scale=depth_scale)
+    for line in lift_to_folder(cfg, out, views, seed):
         print(line)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from l2m_viz.data import atomic_write, read_image, write_image
-from l2m_viz.demo import DemoCfg, feature_gaussians, photo_with_depth
 from l2m_viz.geometry import normalized_grid, sample_image
-from l2m_viz.lifting import lift, sample_cameras
+from l2m_viz.lifting import sample_cameras
 from l2m_viz.matching import load_matcher
+from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 
@@ -40,19 +40,18 @@ def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: in
     yield f"{rows} matches in {out / 'matches.csv'}; warp and certainty in {out / 'match.npz'}; pictures beside them"
 
 
-def lift_to_folder(cfg: DemoCfg, views: int, seed: int) -> Iterator[str]:
+def lift_to_folder(cfg: PhotoCfg, out: Path, views: int, seed: int) -> Iterator[str]:
     """Lift a photo; write scene.npz, gaussians.npz, pca.npz and the views as PNG; yield what was done."""
-    image, depth, K = photo_with_depth(cfg)
-    if depth.method == "prior":
+    photo = lift_photo(cfg)
+    if photo.depth.method == "prior":
         yield "no depth file: the offline prior guessed it (plausible at best)"
-    scene = lift(image, depth, K)
-    scene.save(cfg.out / "scene.npz")
-    cameras = sample_cameras(scene, views, generator=torch.Generator().manual_seed(seed))
+    photo.scene.save(out / "scene.npz")
+    cameras = sample_cameras(photo.scene, views, generator=torch.Generator().manual_seed(seed))
     for index, camera in enumerate(cameras):
-        view = scene.render(camera)
-        write_image(cfg.out / f"view_{index}.png", view.image)
+        view = photo.scene.render(camera)
+        write_image(out / f"view_{index}.png", view.image)
         yield f"view {index}: {(~view.hole_mask).float().mean():.0%} covered"
-    gaussians, pca = feature_gaussians(image, depth, K)
-    gaussians.save(cfg.out / "gaussians.npz")
-    pca.save(cfg.out / "pca.npz")
-    yield f"{len(gaussians):,} Gaussians; files in {cfg.out}"
+    gaussians, pca = feature_gaussians(photo.scene.image, photo.depth, photo.scene.K)
+    gaussians.save(out / "gaussians.npz")
+    pca.save(out / "pca.npz")
+    yield f"{len(gaussians):,} Gaussians; files in {out}"

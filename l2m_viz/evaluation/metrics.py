@@ -6,7 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.errors import L2MError
-from l2m_viz.geometry import HW, to_pixel
+from l2m_viz.geometry import HW, normalized_grid, to_pixel
+from l2m_viz.matching.match import Match
 
 
 def end_point_error(
@@ -67,6 +68,30 @@ def ssim(image: Float[Tensor, "h w 3"], truth: Float[Tensor, "h w 3"], mask: Boo
         image.numpy(), truth.numpy(), win_size=window, channel_axis=2, data_range=1.0, full=True
     )[1]
     return float(np.asarray(local)[whole].mean())
+
+
+def compare_with_truth(
+    match: Match,
+    warp: Float[Tensor, "h w 2"],
+    covisible: Bool[Tensor, "h w"],
+    known: Bool[Tensor, "h w"],
+) -> dict[str, float]:
+    """Judge a match by the exact warp of A.
+
+    ``epe_px`` is the median end-point error and ``pck1``, ``pck3``, ``pck5`` are shares, over the covisible pixels.
+    ``ap`` is the average precision of the certainty over the pixels whose truth is ``known``; a pixel counts as
+    positive if it is covisible and matched within 10 px. Without covisible pixels every figure is NaN.
+    """
+    matched, certainty = match.query(to_pixel(normalized_grid((warp.shape[0], warp.shape[1])), match.hw_A))
+    error = (matched - to_pixel(warp, match.hw_B)).norm(dim=-1)
+    seen = error[covisible]
+    if len(seen) == 0:
+        return dict.fromkeys(("epe_px", "pck1", "pck3", "pck5", "ap"), float("nan"))
+    return {
+        "epe_px": seen.median().item(),
+        **{f"pck{threshold}": pck(seen, threshold) for threshold in (1, 3, 5)},
+        "ap": average_precision(certainty[known], (covisible & (error < 10))[known]),
+    }
 
 
 def _require_some(values: Tensor, name: str) -> None:

@@ -5,4 +5,4 @@ from l2m_viz.gaussians.from_depth import (
     PixelGaussiansCfg as PixelGaussiansCfg,
     gaussians_from_depth as gaussians_from_depth,
 )
-from l2m_viz.gaussians.rasterize import Render as Render, rasterize as rasterize
+from l2m_viz.gaussians.rasterize import HOLE_ALPHA as HOLE_ALPHA, Render as Render, rasterize as rasterize

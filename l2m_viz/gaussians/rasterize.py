@@ -12,6 +12,7 @@ from l2m_viz.gaussians import cpu, reference
 from l2m_viz.gaussians.container import Gaussians
 from l2m_viz.geometry import Camera
 
+HOLE_ALPHA = 0.5  # a pixel with less accumulated opacity than this counts as a hole
 Backend = Literal["auto", "reference", "cpu"]
 
 

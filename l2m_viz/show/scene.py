@@ -18,7 +18,7 @@ from torch import Tensor
 from l2m_viz.data import fit_long_side, to_uint8
 from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError, MissingError
-from l2m_viz.gaussians import Gaussians, rasterize
+from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
 from l2m_viz.gaussians.reference import project_gaussians
 from l2m_viz.geometry import (
     Camera,
@@ -41,7 +41,6 @@ Pictures = Mapping[str, tuple[Camera, Float[Tensor, "h w 3"]]]
 
 # viser keeps covariances as float16: below this standard deviation they lose precision, at 1e-4 they are zero.
 SIGMA_MIN, SIGMA_MAX = 0.008, 250.0
-HOLE_ALPHA = 0.5  # a splatted pixel with less accumulated opacity than this counts as a hole
 DISPLAY_SIZE = (
     2.0  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
 )

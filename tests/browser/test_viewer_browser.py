@@ -13,9 +13,9 @@ from PIL import Image
 pytest.importorskip("viser")
 
 from l2m_viz.data import write_image
-from l2m_viz.demo import FOCAL_OVER_WIDTH
 from l2m_viz.geometry import Camera, intrinsics
 from l2m_viz.geometry.scenes import sphere_on_plane
+from l2m_viz.photo import FOCAL_OVER_WIDTH
 from l2m_viz.show.scene import hatch
 
 WH = (320, 240)

@@ -1,0 +1,109 @@
+"""What the demo, the lift command and the viewer start from: a photo lifted with its depth, and a second view of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from l2m_viz.data import Sample, fit_long_side, load_sample, read_image
+from l2m_viz.encoders import FeaturePCA, load_encoder
+from l2m_viz.gaussians import Gaussians, gaussians_from_depth
+from l2m_viz.geometry import HW, Camera, intrinsics, normalized_grid, sample_image
+from l2m_viz.lifting import Depth, LiftedScene, estimate_depth, lift, orbit_cameras, read_depth
+
+NUM_FEATURES = 16  # PCA components of the descriptor that each Gaussian carries
+# Focal length over width of a photo without calibration: 61 degrees, a phone's main camera. The paper's sampler draws
+# wider lenses for training pairs; for looking at a photo a usual lens is the better guess.
+FOCAL_OVER_WIDTH = 0.85
+_SECOND_VIEW = 0.24  # units of the scene to the side, where there is no real second camera
+
+
+@dataclass(frozen=True)
+class PhotoCfg:
+    """Which photo, and its depth."""
+
+    # Embedded sample to use when no photo is given.
+    sample: str = "motorcycle"
+    # A photo of your own.
+    image: Path | None = None
+    # Its depth (.npy, .npz, 16-bit .png, ...); without it the offline prior guesses.
+    depth: Path | None = None
+    # "disparity" if the depth file holds inverse depth up to scale and shift.
+    depth_kind: Literal["depth", "disparity"] = "depth"
+    # Factor on the numbers of the depth file, 0.001 for millimetres.
+    depth_scale: float = 1.0
+    # Larger photos are reduced to this long side in pixels.
+    max_side: int = 800
+
+
+@dataclass(frozen=True)
+class LiftedPhoto:
+    """A lifted photo A and a second camera B.
+
+    ``image_B``, ``warp_A_to_B`` and ``covisibility_A_to_B`` are measured, and None where no real second photo exists.
+    """
+
+    title: str
+    scene: LiftedScene
+    depth: Depth
+    camera_B: Camera
+    image_B: Float[Tensor, "h w 3"] | None = None
+    warp_A_to_B: Float[Tensor, "h w 2"] | None = None
+    covisibility_A_to_B: Bool[Tensor, "h w"] | None = None
+
+    @property
+    def length_unit(self) -> str:
+        """Unit of depth, for labels."""
+        return "m" if self.depth.kind == "metric" else "relative"
+
+
+def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:
+    """Read the photo at working size, read or guess its depth, lift it, and find or choose a second camera.
+
+    Raises:
+        ImageError: the photo cannot be read.
+        FileFormatError: the depth cannot be read.
+        MissingError: there is no such sample.
+    """
+    sample = None if cfg.image else load_sample(cfg.sample)
+    if sample is not None and sample.depth_A is not None:
+        return _lift_measured(sample)
+    photo = read_image(cfg.image) if cfg.image else load_sample(cfg.sample).image_A
+    image = fit_long_side(photo, cfg.max_side)
+    hw: HW = (image.shape[0], image.shape[1])
+    K = intrinsics(FOCAL_OVER_WIDTH * hw[1], hw)
+    if cfg.depth is None:
+        depth = estimate_depth(image, "prior", K=K)
+    else:
+        depth = read_depth(cfg.depth, cfg.depth_kind, scale=cfg.depth_scale).resized(hw)
+    scene = lift(image, depth, K)
+    camera_B = orbit_cameras(scene, 4, _SECOND_VIEW)[1]
+    return LiftedPhoto(cfg.image.name if cfg.image else cfg.sample, scene, depth, camera_B)
+
+
+def feature_gaussians(
+    image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"]
+) -> tuple[Gaussians, FeaturePCA]:
+    """One Gaussian a pixel that carries the principal components of a dense descriptor, and the PCA basis."""
+    descriptors = load_encoder("dense-sift")(image)
+    pca = FeaturePCA.fit(descriptors, NUM_FEATURES)
+    features = sample_image(pca.project(descriptors), normalized_grid((image.shape[0], image.shape[1])))
+    return gaussians_from_depth(image, depth, K, features), pca
+
+
+def _lift_measured(sample: Sample) -> LiftedPhoto:
+    assert sample.image_B is not None and sample.depth_A is not None and sample.valid_A is not None
+    assert sample.K_A is not None and sample.K_B is not None and sample.T_A_to_B is not None
+    depth = Depth(sample.depth_A, sample.valid_A, "metric", "measured")
+    height, width = sample.image_B.shape[:2]
+    return LiftedPhoto(
+        sample.name,
+        lift(sample.image_A, depth, sample.K_A),
+        depth,
+        Camera(sample.K_B, sample.T_A_to_B, width=width, height=height),
+        sample.image_B,
+        sample.warp_A_to_B,
+        sample.covisibility_A_to_B,
+    )
