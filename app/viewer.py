@@ -68,7 +68,7 @@ def load(cfg: ViewerCfg) -> Shown:
     image_B = scene.render(photo.camera_B).image if photo.image_B is None else photo.image_B
     gaussians, pca = feature_gaussians(scene.image, depth, scene.K)
     unit = "m" if depth.kind == "metric" else "(relative)"
-    near, far = (depth.depth[depth.valid_mask].quantile(q).item() for q in (0.0, 1.0))
+    near, far = (value.item() for value in depth.depth[depth.valid_mask].aminmax())
     title = f"**{photo.title}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
     pictures = {"A": (scene.camera, scene.image), "B": (photo.camera_B, image_B)}
     return Shown(title, gaussians, pca, pictures, unit)

@@ -1,6 +1,7 @@
 """What a button of the pair tab makes the core do: one slow step whose result is kept, and cheap ones that read it."""
 
 import math
+import threading
 import time
 import traceback
 import uuid
@@ -20,7 +21,7 @@ from app.examples import Example, Truth, find_truth
 from l2m_viz.data import read_image, to_uint8
 from l2m_viz.errors import ImageError, L2MError
 from l2m_viz.evaluation import compare_with_truth, end_point_error
-from l2m_viz.geometry import normalized_grid, sample_image
+from l2m_viz.geometry import normalized_grid, sample_warp
 from l2m_viz.matching import Match, Matches, load_matcher
 from l2m_viz.show.colors import colorize
 from l2m_viz.show.pair import PairView, match_numbers, view_pair
@@ -101,7 +102,7 @@ def error_map(result: PairResult) -> Float[Tensor, "h w 3"] | None:
     """Map of the end-point error in pixels of B; grey where B does not show the point; None without a truth."""
     if result.truth is None:
         return None
-    warp = sample_image(result.match.warp_A_to_B, normalized_grid(result.match.hw_A))
+    warp = sample_warp(result.match.warp_A_to_B, normalized_grid(result.match.hw_A))
     error = end_point_error(warp, result.truth.warp, result.match.hw_B)
     return colorize(error, "error", result.truth.covisible, (0.0, ERROR_LIMIT_PX))
 
@@ -122,14 +123,18 @@ def table(result: PairResult, min_certainty: float) -> str:
     return "\n".join(["| measure | value | |", "|---|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+_PRUNING = threading.Lock()
+
+
 def save_picture(result: PairResult, name: str, image: Float[Tensor, "h w 3"]) -> str:
     """Write a PNG with little compression: ten times as fast as gradio's own, so that sliders feel direct.
 
     The name is new each time, or the browser would show its old copy; a few older ones may still be on their way to it.
     """
-    older = sorted(result.folder.glob(f"{name}-*.png"), key=lambda path: path.stat().st_mtime_ns)
-    for path in older[:-4]:
-        path.unlink(missing_ok=True)
+    with _PRUNING:  # sliders call from several threads
+        older = sorted(result.folder.glob(f"{name}-*.png"), key=lambda path: path.stat().st_mtime_ns)
+        for path in older[:-4]:
+            path.unlink(missing_ok=True)
     path = result.folder / f"{name}-{uuid.uuid4().hex}.png"
     PIL.Image.fromarray(to_uint8(image)).save(path, compress_level=1)
     return str(path)

@@ -7,6 +7,7 @@ that scene, though the depth itself may be a guess, and the report says so.
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from l2m_viz.data import atomic_write, to_uint8, write_image, write_text
+from l2m_viz.data import atomic_write, remove_file, to_uint8, write_image, write_text
 from l2m_viz.encoders import FeaturePCA, load_encoder
+from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import compare_with_truth, end_point_error, psnr, ssim
 from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
-from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image
-from l2m_viz.lifting import LiftedScene, View, orbit_cameras, warp_from_depth
+from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image, sample_warp
+from l2m_viz.lifting import NEAR, LiftedScene, View, orbit_cameras, warp_from_depth
 from l2m_viz.matching import Match, load_matcher
 from l2m_viz.photo import NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
@@ -71,6 +73,10 @@ def run_demo(cfg: DemoCfg | None = None, progress: Progress | None = None) -> De
     cfg = cfg or DemoCfg()
     tell = progress or (lambda share, what: None)
     start = time.perf_counter()
+    if cfg.orbit_frames < 1:
+        raise L2MError("demo", expected="at least one orbit frame", got=str(cfg.orbit_frames))
+    for name in ("report.html", "numbers.json"):  # a run that fails must not leave an older one's result
+        remove_file(cfg.out / name)
     tell(0.0, "lifting: depth, mesh, z-buffer")
     photo = lift_photo(cfg)
     view_B = photo.scene.render(photo.camera_B)
@@ -89,7 +95,10 @@ def run_demo(cfg: DemoCfg | None = None, progress: Progress | None = None) -> De
         "run time": f"{seconds:.1f} s",
         "threads": str(torch.get_num_threads()),
     }
-    write_text(cfg.out / "numbers.json", json.dumps(numbers, indent=2))
+    finite = {
+        name: value if math.isfinite(value) else None for name, value in numbers.items()
+    }  # JSON has no NaN
+    write_text(cfg.out / "numbers.json", json.dumps(finite, indent=2))
     report = cfg.out / "report.html"
     sections = [lifting.section, splatting.section, matching.section]
     write_report(report, f"Lift to Match: {photo.title}", sections, settings)
@@ -139,7 +148,7 @@ def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
     """Turn the photo into Gaussians with features; splat them into camera B and along an orbit."""
     scene = photo.scene
     gaussians, pca = feature_gaussians(scene.image, photo.depth, scene.K)
-    render = rasterize(gaussians, photo.camera_B)
+    render = rasterize(gaussians, photo.camera_B, near=NEAR * scene.unit)
     assert render.features is not None
     drawn = render.alpha > HOLE_ALPHA
     numbers = {"num_gaussians": float(len(gaussians))}
@@ -180,7 +189,7 @@ def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoC
     half: HW = (max(1, scene.hw[0] // 2), max(1, scene.hw[1] // 2))
     frames = []
     for camera in orbit_cameras(scene, cfg.orbit_frames, cfg.orbit_radius):
-        render = rasterize(gaussians, camera.resized(half))
+        render = rasterize(gaussians, camera.resized(half), near=NEAR * scene.unit)
         assert render.features is not None
         visible = (render.alpha > HOLE_ALPHA)[..., None]
         both = torch.cat([render.color, pca.colors(render.features) * visible], dim=1)
@@ -217,7 +226,7 @@ def _match_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
         )
         pictures.append(_picture(cfg, f"match_{name}", maps, caption))
         sampled = match.sample(300, torch.Generator().manual_seed(0))
-        lines = figures.matches(scene.image, image_B, sampled, title=f"{name}: {len(sampled)} of its matches")
+        lines = figures.matches(scene.image, image_B, sampled, title=name)
         pictures.append(
             _figure(cfg, f"lines_{name}", lines, f"{name}: sampled matches, coloured by certainty.")
         )
@@ -231,14 +240,14 @@ def _match_numbers(name: str, measured: dict[str, float], overlap: float) -> lis
     return [
         Number(f"{name}: median end-point error", measured["epe_px"], "px", "over covisible pixels"),
         *(Number(f"{name}: PCK@{t}", measured[f"pck{t}"], "", f"share under {t} px") for t in (1, 3, 5)),
-        Number(f"{name}: average precision", measured["ap"], "", "certainty as sign of right within 10 px"),
+        Number(f"{name}: average precision", measured["ap"], "", "certainty as a sign of covisibility"),
         Number(f"{name}: overlap", overlap, "", "mean certainty"),
     ]
 
 
 def _match_maps(name: str, image_B: Tensor, match: Match, warp: Tensor, covisible: Tensor) -> list[Panel]:
     grid = normalized_grid((warp.shape[0], warp.shape[1]))
-    estimated, certainty = sample_image(match.warp_A_to_B, grid), sample_image(match.certainty_A_to_B, grid)
+    estimated, certainty = sample_warp(match.warp_A_to_B, grid), sample_image(match.certainty_A_to_B, grid)
     error = end_point_error(estimated, warp, match.hw_B)
     return [
         Panel(f"{name}: B warped into A", sample_image(image_B, estimated), mask=certainty > 0.05),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from l2m_viz.data import atomic_write, read_image, write_image
-from l2m_viz.geometry import normalized_grid, sample_image
+from l2m_viz.data import atomic_write, read_image, remove_file, write_image
+from l2m_viz.errors import L2MError
+from l2m_viz.geometry import normalized_grid, sample_image, sample_warp
 from l2m_viz.lifting import sample_cameras
 from l2m_viz.matching import load_matcher
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
@@ -16,13 +17,15 @@ from l2m_viz.show.figures import Panel
 
 def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: int) -> Iterator[str]:
     """Match two files; write match.npz, matches.csv, warped.png and match.png; yield what was done."""
+    if num < 1:
+        raise L2MError("match", expected="--num of at least 1", got=str(num))
     image_A, image_B = read_image(path_A), read_image(path_B)
     match = load_matcher(matcher).match(image_A, image_B)
     match.save(out / "match.npz")
     rows = match.to_csv(out / "matches.csv", num, torch.Generator().manual_seed(0))
     grid = normalized_grid(match.hw_A)
     certainty = sample_image(match.certainty_A_to_B, grid)
-    warped = sample_image(image_B, sample_image(match.warp_A_to_B, grid))
+    warped = sample_image(image_B, sample_warp(match.warp_A_to_B, grid))
     write_image(out / "warped.png", warped)
     matches = match.sample(num, torch.Generator().manual_seed(0))
     pictures = {
@@ -42,6 +45,10 @@ def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: in
 
 def lift_to_folder(cfg: PhotoCfg, out: Path, views: int, seed: int) -> Iterator[str]:
     """Lift a photo; write scene.npz, gaussians.npz, pca.npz and the views as PNG; yield what was done."""
+    if not 0 <= seed < 2**63 or views < 0:
+        raise L2MError("lift", expected="0 <= --seed < 2^63, --views >= 0", got=f"seed {seed}, views {views}")
+    for old in out.glob("view_*.png"):  # more views of an earlier run would look like this one's
+        remove_file(old)
     photo = lift_photo(cfg)
     if photo.depth.method == "prior":
         yield "no depth file: the offline prior guessed it (plausible at best)"

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from l2m_viz.data import Sample, fit_long_side, load_sample, read_image
 from l2m_viz.encoders import FeaturePCA, load_encoder
+from l2m_viz.errors import FileFormatError, L2MError, ShapeError
 from l2m_viz.gaussians import Gaussians, gaussians_from_depth
 from l2m_viz.geometry import HW, Camera, intrinsics, normalized_grid, sample_image
 from l2m_viz.lifting import Depth, LiftedScene, estimate_depth, lift, orbit_cameras, read_depth
 
 NUM_FEATURES = 16  # PCA components of the descriptor that each Gaussian carries
-# Focal length over width of a photo without calibration: 61 degrees, a phone's main camera. The paper's sampler draws
-# wider lenses for training pairs; for looking at a photo a usual lens is the better guess.
-FOCAL_OVER_WIDTH = 0.85
+# Focal length over the long side of a photo without calibration: 61 degrees, a phone's main camera held either way. The
+# paper's sampler draws wider lenses for training pairs; for looking at a photo a usual lens is the better guess.
+FOCAL_OVER_LONG_SIDE = 0.85
+_MIN_SIDE = 16  # px; less holds neither a descriptor nor optical flow
+_ASPECT_TOL = 0.03  # between photo and depth: networks round their sizes to multiples of 14 or 32
 _SECOND_VIEW = 0.24  # units of the scene to the side, where there is no real second camera
 
 
@@ -34,7 +37,7 @@ class PhotoCfg:
     depth_kind: Literal["depth", "disparity"] = "depth"
     # Factor on the numbers of the depth file, 0.001 for millimetres.
     depth_scale: float = 1.0
-    # Larger photos are reduced to this long side in pixels.
+    # Larger photos are reduced to this long side in pixels (the measured stereo sample never is).
     max_side: int = 800
 
 
@@ -68,16 +71,23 @@ def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:
         MissingError: there is no such sample.
     """
     sample = None if cfg.image else load_sample(cfg.sample)
+    if cfg.depth is not None and sample is not None and sample.depth_A is not None:
+        raise L2MError(
+            f"sample '{cfg.sample}' has its own measured depth", todo="give your photo with --image"
+        )
     if sample is not None and sample.depth_A is not None:
         return _lift_measured(sample)
     photo = read_image(cfg.image) if cfg.image else load_sample(cfg.sample).image_A
     image = fit_long_side(photo, cfg.max_side)
     hw: HW = (image.shape[0], image.shape[1])
-    K = intrinsics(FOCAL_OVER_WIDTH * hw[1], hw)
-    if cfg.depth is None:
-        depth = estimate_depth(image, "prior", K=K)
-    else:
-        depth = read_depth(cfg.depth, cfg.depth_kind, scale=cfg.depth_scale).resized(hw)
+    if min(hw) < _MIN_SIDE:
+        got = f"{photo.shape[1]}x{photo.shape[0]} px, worked on at {hw[1]}x{hw[0]} px"
+        todo = "take a larger or less narrow photo, or raise --max-side"
+        raise ShapeError(
+            "the photo is too small", expected=f"both sides >= {_MIN_SIDE} px", got=got, todo=todo
+        )
+    K = intrinsics(FOCAL_OVER_LONG_SIDE * max(hw), hw)
+    depth = estimate_depth(image, "prior", K=K) if cfg.depth is None else _depth_of_photo(cfg, photo, hw)
     scene = lift(image, depth, K)
     camera_B = orbit_cameras(scene, 4, _SECOND_VIEW)[1]
     return LiftedPhoto(cfg.image.name if cfg.image else cfg.sample, scene, depth, camera_B)
@@ -91,6 +101,18 @@ def feature_gaussians(
     pca = FeaturePCA.fit(descriptors, NUM_FEATURES)
     features = sample_image(pca.project(descriptors), normalized_grid((image.shape[0], image.shape[1])))
     return gaussians_from_depth(image, depth, K, features), pca
+
+
+def _depth_of_photo(cfg: PhotoCfg, photo: Float[Tensor, "h w 3"], hw: HW) -> Depth:
+    assert cfg.depth is not None
+    depth = read_depth(cfg.depth, cfg.depth_kind, scale=cfg.depth_scale)
+    aspect, photo_aspect = depth.hw[1] / depth.hw[0], photo.shape[1] / photo.shape[0]
+    if abs(aspect / photo_aspect - 1) > _ASPECT_TOL:
+        expected = f"the photo's shape {photo.shape[1]}x{photo.shape[0]}, at any scale"
+        todo = "rotate or crop the depth as the photo is"
+        got = f"{depth.hw[1]}x{depth.hw[0]}"
+        raise FileFormatError(f"{cfg.depth} does not fit the photo", expected=expected, got=got, todo=todo)
+    return depth.resized(hw)
 
 
 def _lift_measured(sample: Sample) -> LiftedPhoto:

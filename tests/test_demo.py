@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from l2m_viz import Gaussians, LiftedScene, Match
+from l2m_viz import (
+    FileFormatError,
+    Gaussians,
+    ImageError,
+    L2MError,
+    LiftedScene,
+    Match,
+    ShapeError,
+)
 from l2m_viz.cli import main
 from l2m_viz.data import load_sample, write_image
 from l2m_viz.demo import DemoCfg, run_demo
@@ -81,6 +89,43 @@ def test_own_photo_with_depth_of_another_size(tmp_path):
     assert 0.5 < result.numbers["lift_filled"] < 1
 
 
+def test_depth_that_is_not_the_photos_is_refused(tmp_path):
+    sample = load_sample("motorcycle")
+    write_image(tmp_path / "photo.png", sample.image_A)
+    np.save(tmp_path / "turned.npy", sample.depth_A.T.numpy())
+    with pytest.raises(FileFormatError, match="does not fit the photo"):
+        run_demo(DemoCfg(out=tmp_path / "o", image=tmp_path / "photo.png", depth=tmp_path / "turned.npy"))
+    with pytest.raises(L2MError, match="--image"):
+        run_demo(DemoCfg(out=tmp_path / "o", depth=tmp_path / "turned.npy"))
+    write_image(tmp_path / "strip.png", sample.image_A[:6])
+    with pytest.raises(ShapeError, match="too small"):
+        run_demo(DemoCfg(out=tmp_path / "o", image=tmp_path / "strip.png"))
+
+
+def test_a_run_that_fails_leaves_no_older_report(tmp_path):
+    (tmp_path / "report.html").write_text("of an earlier run")
+    with pytest.raises(ImageError):
+        run_demo(DemoCfg(out=tmp_path, image=tmp_path / "absent.jpg"))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_scene_in_millimetres_and_in_kilometres_is_splatted_alike(tmp_path):
+    sample = load_sample("motorcycle")
+    write_image(tmp_path / "photo.png", sample.image_A[::4, ::4].contiguous())
+    depth = torch.where(sample.valid_A, sample.depth_A, torch.nan)[::4, ::4].numpy()
+    results = []
+    for scale in (1e3, 1e-3):
+        np.save(tmp_path / "depth.npy", depth * scale)
+        cfg = DemoCfg(
+            out=tmp_path / "o", image=tmp_path / "photo.png", depth=tmp_path / "depth.npy", orbit_frames=1
+        )
+        run_demo(cfg)
+        with Image.open(tmp_path / "o" / "orbit.webp") as orbit:
+            results.append(np.asarray(orbit.convert("RGB"), np.float32))
+    assert results[0].std() > 20
+    assert np.abs(results[0] - results[1]).mean() < 2
+
+
 def _l2m(*args: str, cwd=None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", "from l2m_viz.cli import main; main()", *args]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
@@ -92,6 +137,9 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, 
         ["demo", "--image", str(tmp_path / "absent.jpg"), "--out", str(tmp_path)],
         ["demo", "--image", str(tmp_path / "notes.jpg"), "--out", str(tmp_path)],
         ["match", str(tmp_path / "notes.jpg"), str(tmp_path / "notes.jpg")],
+        ["demo", "--out", str(tmp_path / "notes.jpg" / "deeper")],
+        ["demo", "--orbit-frames", "0", "--out", str(tmp_path)],
+        ["lift", str(tmp_path / "notes.jpg"), "--seed", "99999999999999999999"],
         ["demo", "--sample", "nothing", "--out", str(tmp_path)],
     ):
         monkeypatch.setattr(sys, "argv", ["l2m", *args])

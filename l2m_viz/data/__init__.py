@@ -4,6 +4,7 @@ from l2m_viz.data.files import (
     Saved as Saved,
     atomic_write as atomic_write,
     load_npz as load_npz,
+    remove_file as remove_file,
     save_npz as save_npz,
     write_text as write_text,
 )

@@ -4,8 +4,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,17 +27,34 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     the old file, if there was one, untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        _discard(temporary)
+        todo = "choose a folder that you can write to, with space left"
+        raise FileFormatError(f"cannot write {path}", got=error.strerror or str(error), todo=todo) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file if it is there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileFormatError(f"cannot remove {path}", got=error.strerror or str(error)) from error
+
+
+def _discard(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -106,16 +123,27 @@ class Saved:
         arrays, meta = load_npz(path)
         plain = meta["fields"] if isinstance(meta.get("fields"), dict) else {}
         names = {field.name for field in fields(cls)}  # pyright: ignore[reportArgumentType]
-        if meta.get("type") != cls.__name__ or sorted([*plain, *arrays]) != sorted(names):
+        required = {field.name for field in fields(cls) if _has_no_default(field)}  # pyright: ignore[reportArgumentType]
+        if (
+            meta.get("type") != cls.__name__
+            or not required <= {*plain, *arrays} <= names
+            or plain.keys() & arrays
+        ):
             got = f"a {meta.get('type')} with {sorted([*plain, *arrays])}"
-            wanted = f"a {cls.__name__} with {sorted(names)}"
-            raise FileFormatError(f"cannot load {path}", expected=wanted, got=got)
+            wanted = f"a {cls.__name__} with {sorted(required)}"
+            todo = "fields that this version does not know come from a newer one"
+            raise FileFormatError(f"cannot load {path}", expected=wanted, got=got, todo=todo)
         try:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         except TypeError as error:  # text, or bytes in another order
             got = str(error)
             raise FileFormatError(f"cannot load {path}", expected="arrays of numbers", got=got) from error
         return cls(**{name: _tuples(value) for name, value in plain.items()}, **tensors)
+
+
+def _has_no_default(field: Field[Any]) -> bool:
+    """A field that came later has a default, so that files written before it still load."""
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _tuples(value: Any) -> Any:  # noqa: ANN401

@@ -365,6 +365,20 @@ def _check_image(image: Tensor) -> None:
         raise ShapeError("image", expected="(H, W, 3) with at least one pixel", got=f"{tuple(image.shape)}")
 
 
+def require_image(name: str, image: Tensor) -> None:
+    """Refuse what is not a float image (H, W, 3) with values in [0, 1].
+
+    Raises:
+        ShapeError: another shape.
+        ImageError: integers, values that are not finite, or outside [0, 1].
+    """
+    _check_image(image)
+    if not image.is_floating_point():
+        todo = "read_image turns bytes into floats"
+        raise ImageError(f"{name}: the image", expected="floats in [0, 1]", got=str(image.dtype), todo=todo)
+    _check_range(image.detach().cpu().numpy(), f"{name}: the image")
+
+
 def _numpy_from_tensor(tensor: Tensor) -> np.ndarray:
     try:
         tensor = tensor.detach()

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.data.images import read_image
-from l2m_viz.errors import L2MError, MissingError
-from l2m_viz.geometry import from_integer_centers, inside_image, pixel_grid, to_normalized
+from l2m_viz.errors import MissingError
+from l2m_viz.geometry import inside_image, pixel_grid, to_normalized
 
 _PHOTOS = {  # name: file, source
     "astronaut": ("astronaut.png", "NASA, portrait of Eileen Collins; public domain"),
@@ -69,13 +69,12 @@ def load_sample(name: str) -> Sample:
     """Load a sample from the installed scikit-image; every call returns tensors of its own.
 
     Raises:
-        L2MError: there is no sample of this name.
-        MissingError: scikit-image is not installed, or its package lacks the file.
+        MissingError: there is no sample of this name, or scikit-image is not installed, or lacks the file.
     """
     if name == "motorcycle":
         return _motorcycle()
     if name not in _PHOTOS:
-        raise L2MError("sample", expected=f"one of {', '.join(list_samples())}", got=repr(name))
+        raise MissingError("no such sample", expected=f"one of {', '.join(list_samples())}", got=repr(name))
     file, source = _PHOTOS[name]
     return Sample(name, read_image(_sample_path(file)), source=source)
 
@@ -101,12 +100,10 @@ def _motorcycle() -> Sample:
     disparity_px = torch.where(valid, disparity_px, 0.0)
     hw = (image_A.shape[0], image_A.shape[1])
 
-    # The published principal point counts pixel centres at integers; our K, like our pixels, at halves.
-    # Disparity cannot tell (only cx_B - cx_A enters it), and Middlebury does not say how it divided by 4:
-    # +-0.4 px are open.
-    cx, cy = from_integer_centers(torch.tensor([_CX, _CY])).tolist()
-    K_A = torch.tensor([[_FOCAL, 0.0, cx], [0.0, _FOCAL, cy], [0.0, 0.0, 1.0]])
-    K_B = torch.tensor([[_FOCAL, 0.0, cx + _DOFFS], [0.0, _FOCAL, cy], [0.0, 0.0, 1.0]])
+    # The published principal point is the full-size one divided by 4, which is exact where an image spans [0, W], as
+    # ours does; so it is taken as it is. Disparity cannot tell (only cx_B - cx_A enters it).
+    K_A = torch.tensor([[_FOCAL, 0.0, _CX], [0.0, _FOCAL, _CY], [0.0, 0.0, 1.0]])
+    K_B = torch.tensor([[_FOCAL, 0.0, _CX + _DOFFS], [0.0, _FOCAL, _CY], [0.0, 0.0, 1.0]])
     T_A_to_B = torch.eye(4)
     T_A_to_B[0, 3] = -_BASELINE  # B stands to the right of A
 

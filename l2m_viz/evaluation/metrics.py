@@ -79,8 +79,8 @@ def compare_with_truth(
     """Judge a match by the exact warp of A.
 
     ``epe_px`` is the median end-point error and ``pck1``, ``pck3``, ``pck5`` are shares, over the covisible pixels.
-    ``ap`` is the average precision of the certainty over the pixels whose truth is ``known``; a pixel counts as
-    positive if it is covisible and matched within 10 px. Without covisible pixels every figure is NaN.
+    ``ap`` is the average precision of the certainty as a sign of covisibility, over the pixels whose truth is
+    ``known``. Without covisible pixels every figure is NaN.
     """
     matched, certainty = match.query(to_pixel(normalized_grid((warp.shape[0], warp.shape[1])), match.hw_A))
     error = (matched - to_pixel(warp, match.hw_B)).norm(dim=-1)
@@ -90,7 +90,7 @@ def compare_with_truth(
     return {
         "epe_px": seen.median().item(),
         **{f"pck{threshold}": pck(seen, threshold) for threshold in (1, 3, 5)},
-        "ap": average_precision(certainty[known], (covisible & (error < 10))[known]),
+        "ap": average_precision(certainty[known], covisible[known]),
     }
 
 

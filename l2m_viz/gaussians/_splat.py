@@ -13,6 +13,7 @@ from typing import no_type_check
 import numba
 import numpy as np
 
+import l2m_viz.parallel  # noqa: F401 (says where compiled kernels are cached)
 from l2m_viz.gaussians.reference import FRUSTUM_MARGIN, MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE
 
 TILE = 16

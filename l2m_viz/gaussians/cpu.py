@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from l2m_viz.errors import L2MError
 from l2m_viz.gaussians import _splat, _splat_grad
 from l2m_viz.gaussians.container import Gaussians
 from l2m_viz.gaussians.reference import Layers
@@ -16,6 +18,9 @@ from l2m_viz.parallel import num_threads, run_kernel
 
 def render(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d: float) -> Layers:
     """Draw one camera: colour, features, sum of weight times z, alpha; differentiable by every parameter."""
+    if torch.is_grad_enabled() and (camera.w2c.requires_grad or camera.K.requires_grad):
+        todo = "use backend='reference' for gradients by the camera"
+        raise L2MError("rasterize: the cpu backend has gradients by the Gaussians only", todo=todo)
     view = _View(_array(camera.w2c), _array(camera.K), camera.hw, near, far, eps2d)
     features = gaussians.features
     if features is None:
@@ -85,7 +90,11 @@ class _Splat(torch.autograd.Function):
         return torch.from_numpy(color), torch.from_numpy(feature), torch.from_numpy(depth), alpha
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401 (torch's signature)
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401 (torch's signature)
+        *grad_outputs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor | None, ...]:
         means, quats, log_scales, _, colors, features = map(_array, ctx.saved_tensors)
         screen, tiles, start, indices, last, transmittance = ctx.buffers
         view: _View = ctx.view

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from l2m_viz.data.images import require_image
 from l2m_viz.errors import ShapeError
 from l2m_viz.gaussians.container import Gaussians
-from l2m_viz.geometry import quat_from_rotation, unproject_depth
+from l2m_viz.geometry import Camera, quat_from_rotation, unproject_depth
 from l2m_viz.lifting.depth import Depth, as_depth
 
 
@@ -49,6 +50,8 @@ def gaussians_from_depth(
 
     Raises:
         ShapeError: image, depth and features differ in size.
+        ImageError: the image is not float with values in [0, 1].
+        L2MError: ``K`` is not a calibration matrix.
     """
     cfg = cfg or PixelGaussiansCfg()
     depth = as_depth(depth)
@@ -56,6 +59,9 @@ def gaussians_from_depth(
         if value is not None and value.shape[:2] != depth.depth.shape:
             got = f"{name} {tuple(value.shape)}, depth {tuple(depth.depth.shape)}"
             raise ShapeError("gaussians_from_depth", expected="one size (H, W)", got=got)
+    require_image("gaussians_from_depth", image)
+    K = K.to(torch.float32)
+    Camera(K, torch.eye(4), width=image.shape[1], height=image.shape[0])  # refuses a K that is none
     valid, z = depth.valid_mask, depth.depth
     points = unproject_depth(z, K)
     # P(u, v) = z(u, v) K^-1 (u, v, 1): the product rule gives the surface's step for one pixel to the right and down.

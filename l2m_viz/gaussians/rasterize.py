@@ -48,7 +48,8 @@ def rasterize(
     Args:
         gaussians: What to draw.
         camera: One camera, or a list of cameras of one image size, which adds a leading axis to the result.
-        backend: "reference" is dense torch, to be read; "cpu" is numba on all cores; "auto" picks. All have gradients.
+        backend: "reference" is dense torch, to be read; "cpu" is numba on all cores; "auto" picks. All have
+            gradients by the Gaussians, "reference" by the camera, too.
         background: RGB behind everything, black if None; it affects colour only.
         near: Nearest drawn depth, in world units.
         far: Farthest drawn depth.
@@ -56,8 +57,9 @@ def rasterize(
 
     Raises:
         ShapeError: no cameras, or cameras of several sizes.
-        L2MError: an unknown backend, or view-dependent colour.
+        L2MError: an unknown backend, impossible near, far or eps2d, or view-dependent colour.
     """
+    _check_options(background, near, far, eps2d)
     if isinstance(camera, list):
         if len({view.hw for view in camera}) != 1:
             sizes = sorted({view.hw for view in camera}) or "no cameras"
@@ -76,6 +78,15 @@ def rasterize(
     if background is not None:
         color = color + (1 - alpha)[..., None] * background
     return Render(color, features, depth / alpha.clamp(min=1e-10), alpha)
+
+
+def _check_options(background: Tensor | None, near: float, far: float, eps2d: float) -> None:
+    if not 0 < near < far:
+        raise L2MError("rasterize", expected="0 < near < far", got=f"near {near:g}, far {far:g}")
+    if not 0 <= eps2d < float("inf"):
+        raise L2MError("rasterize", expected="eps2d >= 0 px^2", got=f"{eps2d:g}")
+    if background is not None and (tuple(background.shape) != (3,) or not torch.isfinite(background).all()):
+        raise ShapeError("rasterize background", expected="three finite values", got=str(background.tolist()))
 
 
 def _stack(renders: list[Render]) -> Render:

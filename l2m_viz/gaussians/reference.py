@@ -7,7 +7,7 @@ Sigma'^-1; T is the transmittance, the share of light that nothing in front has 
 Memory is N x H x W: for teaching and for testing the fast backends, which share its constants.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -100,6 +100,7 @@ def composite(
 
 def render(gaussians: Gaussians, camera: Camera, near: float, far: float, eps2d: float) -> Layers:
     """Draw one camera: colour, features, sum of weight times z, alpha."""
+    camera = replace(camera, K=camera.K.to(gaussians.means), w2c=camera.w2c.to(gaussians.means))
     screen = project_gaussians(gaussians, camera, near, far, eps2d)
     values = [gaussians.colors, screen.depths[:, None]]
     if gaussians.features is not None:

@@ -29,6 +29,7 @@ from l2m_viz.geometry.pixels import (
     normalized_grid as normalized_grid,
     pixel_grid as pixel_grid,
     sample_image as sample_image,
+    sample_warp as sample_warp,
     to_integer_centers as to_integer_centers,
     to_normalized as to_normalized,
     to_pixel as to_pixel,

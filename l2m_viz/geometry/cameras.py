@@ -21,7 +21,7 @@ class Camera:
 
     Raises:
         ShapeError: ``K`` is not (3, 3), ``w2c`` is not (4, 4), or the image has no pixels.
-        L2MError: a value is not finite or a focal length is not positive.
+        L2MError: a value is not finite, a focal length is not positive, or ``w2c`` is not rigid.
     """
 
     K: Float[Tensor, "3 3"]
@@ -42,6 +42,17 @@ class Camera:
         if self.K[0, 0] <= 0 or self.K[1, 1] <= 0:
             focal = f"fx {self.K[0, 0].item():g}, fy {self.K[1, 1].item():g}"
             raise L2MError("Camera focal length", expected="fx > 0 and fy > 0 px", got=focal)
+        pinhole = [self.K[0, 1], self.K[1, 0], self.K[2, 0], self.K[2, 1], self.K[2, 2] - 1]
+        if torch.stack(pinhole).abs().max() > 1e-6:
+            got = str(self.K.tolist())
+            raise L2MError(
+                "Camera K", expected="no skew, last row (0, 0, 1)", got=got, todo="undistort first"
+            )
+        R = self.w2c[:3, :3]
+        skewed = (R @ R.T - torch.eye(3, dtype=R.dtype, device=R.device)).abs().max() > 1e-3
+        if skewed or torch.linalg.det(R) < 0 or self.w2c[3].tolist() != [0.0, 0.0, 0.0, 1.0]:
+            todo = "w2c holds a rotation and a translation; put scale into the scene"
+            raise L2MError("Camera w2c", expected="a rigid transform", got="scale, skew or mirror", todo=todo)
 
     @property
     def hw(self) -> HW:

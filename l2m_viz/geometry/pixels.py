@@ -108,7 +108,22 @@ def sample_image(
     grid = points_n.reshape(1, 1, -1, 2).to(values.dtype)
     out = F.grid_sample(channels_first, grid, mode=mode, padding_mode=padding, align_corners=False)
     out = out[0, :, 0].T  # [points c]
-    return out[:, 0].reshape(points_shape) if scalar else out.reshape(*points_shape, -1)
+    return out[:, 0].reshape(points_shape) if scalar else out.reshape(*points_shape, values.shape[-1])
+
+
+def sample_warp(
+    warp: Float[Tensor, "h w 2"], points_n: Float[Tensor, "*points 2"]
+) -> Float[Tensor, "*points 2"]:
+    """Read an absolute warp at normalised points: interpolate the displacement, then add it to the point.
+
+    Interpolating the positions themselves would stop them at the centres of the border pixels: half a pixel short for
+    a dense warp, many pixels for a coarse one.
+
+    >>> sample_warp(normalized_grid((2, 3)), torch.tensor([1.0, -1.0])).tolist()
+    [1.0, -1.0]
+    """
+    grid = normalized_grid((warp.shape[0], warp.shape[1]), device=warp.device, dtype=warp.dtype)
+    return points_n + sample_image(warp - grid, points_n)
 
 
 def _wh(like: Tensor, hw: HW) -> Tensor:

@@ -8,7 +8,13 @@ from l2m_viz.lifting.depth import (
     read_depth as read_depth,
 )
 from l2m_viz.lifting.ground_truth import warp_from_depth as warp_from_depth
-from l2m_viz.lifting.scene import LiftedScene as LiftedScene, MeshCfg as MeshCfg, View as View, lift as lift
+from l2m_viz.lifting.scene import (
+    NEAR as NEAR,
+    LiftedScene as LiftedScene,
+    MeshCfg as MeshCfg,
+    View as View,
+    lift as lift,
+)
 from l2m_viz.lifting.views import (
     ViewSamplerCfg as ViewSamplerCfg,
     orbit_cameras as orbit_cameras,

@@ -14,6 +14,8 @@ from typing import no_type_check
 import numba
 import numpy as np
 
+import l2m_viz.parallel  # noqa: F401 (says where compiled kernels are cached)
+
 # Two triangles that share an edge must both claim a pixel on it, and the photo's border pixels lie on the outline:
 # rounding must open neither. In px for the bounds, in px^2 (distance times edge length) for the edge functions.
 _TOL = 1e-3

@@ -178,7 +178,8 @@ def read_depth(
         raise L2MError("read_depth kind", expected='"depth" or "disparity"', got=repr(kind))
     _check_affine(scale, shift)
     if not path.is_file():  # nor a device or a pipe, which may block or never end
-        raise FileFormatError(f"no such file {path}", todo="check the path")
+        what = f"{path} is a folder" if path.is_dir() else f"no such file {path}"
+        raise FileFormatError(what, expected="one of " + ", ".join(_SUFFIXES), todo="check the path")
     if path.stat().st_size > _MAX_BYTES:
         got = f"{path.stat().st_size / 2**20:.0f} MiB"
         raise FileFormatError(f"{path} is too large", expected=f"at most {_MAX_BYTES // 2**20} MiB", got=got)

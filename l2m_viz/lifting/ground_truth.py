@@ -42,6 +42,9 @@ def warp_from_depth(
         if depth.shape != valid.shape:
             got = f"{tuple(depth.shape)} and {tuple(valid.shape)}"
             raise ShapeError(f"depth_{name} and valid_{name}", expected="one size", got=got)
+    K_A, K_B, T_A_to_B = (
+        value.to(depth_A.dtype) for value in (K_A, K_B, T_A_to_B)
+    )  # calibrations come as float64
     hw_B = (depth_B.shape[0], depth_B.shape[1])
     points_in_B = transform_points(T_A_to_B, unproject_depth(torch.where(valid_A, depth_A, 1.0), K_A))
     points_px, depth_in_B = project(points_in_B, K_B)

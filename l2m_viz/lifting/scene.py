@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.data.files import Saved
+from l2m_viz.data.images import require_image
 from l2m_viz.errors import ShapeError
 from l2m_viz.geometry import HW, Camera, unproject_depth
 from l2m_viz.lifting import _zbuffer
@@ -98,11 +99,11 @@ class LiftedScene(Saved):
             raise ShapeError(
                 "render_attributes", expected=f"{self.hw} + (C,)", got=str(tuple(attributes.shape))
             )
-        points = unproject_depth(self.depth, self.K).numpy()
+        points = unproject_depth(self.depth, self.K).detach().numpy()
         height, width = self.hw
         screen = np.empty((height, width, 3), np.float32)
         row_span = np.empty((height, 2), np.float32)
-        pose, K = camera.w2c.numpy().astype(np.float32), camera.K.numpy().astype(np.float32)
+        pose, K = camera.w2c.detach().numpy().astype(np.float32), camera.K.detach().numpy().astype(np.float32)
         run_kernel(
             _zbuffer.project_vertices,
             points,
@@ -127,7 +128,11 @@ class LiftedScene(Saved):
         )
         out = np.zeros((*camera.hw, attributes.shape[2]), np.float32)
         run_kernel(
-            _zbuffer.interpolate, screen, np.ascontiguousarray(attributes.numpy(), np.float32), owner, out
+            _zbuffer.interpolate,
+            screen,
+            np.ascontiguousarray(attributes.detach().numpy(), np.float32),
+            owner,
+            out,
         )
         covered = owner >= 0
         depth = np.divide(1.0, inverse_depth, out=np.zeros_like(inverse_depth), where=covered)
@@ -150,11 +155,16 @@ def lift(
 
     Raises:
         ShapeError: image and depth differ in size, or are smaller than 2x2.
+        ImageError: the image is not float with values in [0, 1].
+        L2MError: ``K`` is not a calibration matrix.
     """
     depth = as_depth(depth)
     if image.ndim != 3 or image.shape[-1] != 3 or image.shape[:2] != depth.depth.shape:
         got = f"image {tuple(image.shape)}, depth {tuple(depth.depth.shape)}"
         raise ShapeError("lift", expected="image (H, W, 3) and depth (H, W) of one size", got=got)
+    require_image("lift", image)
+    K = K.to(torch.float32)
+    Camera(K, torch.eye(4), width=image.shape[1], height=image.shape[0])  # refuses a K that is none
     if min(depth.depth.shape) < 2:
         raise ShapeError("lift", expected="at least 2x2 px", got=str(tuple(depth.depth.shape)))
     triangle_mask, cut_mask = _triangles(depth.depth, depth.valid_mask, cfg or MeshCfg())

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from l2m_viz.errors import L2MError
 from l2m_viz.geometry import (
     HW,
     Camera,
@@ -54,6 +55,8 @@ def sample_cameras(
     A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``.
     """
     cfg = cfg or ViewSamplerCfg()
+    if n < 0:
+        raise L2MError("sample_cameras", expected="n >= 0", got=str(n))
 
     def draw(span: Range, count: int) -> Tensor:
         magnitude = span[0] + (span[1] - span[0]) * torch.rand(count, generator=generator)
@@ -76,6 +79,8 @@ def orbit_cameras(scene: LiftedScene, n: int, radius: float = 0.1) -> list[Camer
         n: Number of cameras; the path closes, so the last is one step before the first.
         radius: Horizontal half axis in units of the scene; the vertical one is half of it.
     """
+    if n < 1:
+        raise L2MError("orbit_cameras", expected="n >= 1 frames", got=str(n))
     median = scene.depth[scene.valid_mask].median()
     target = torch.stack([torch.zeros_like(median), torch.zeros_like(median), median])
     cameras = []

@@ -41,30 +41,65 @@ class DisMatcher(Matcher):
         max_side: int = 1024
         # Forward-backward error, in pixels of the working size, at which certainty has fallen to 1/e.
         error_scale_px: float = 1.0
+        # Long sides that differ by more than this factor are a difference of resolution, not of cropping.
+        max_size_ratio: float = 1.5
+        # Neighbourhood that must hold some texture, and the standard deviation (of 255 grey levels) at which certainty
+        # is halved: about the noise of a camera.
+        texture_window_px: int = 15
+        texture_scale: float = 1.0
 
     def __init__(self, cfg: Cfg | None = None) -> None:
         self.cfg = cfg or self.Cfg()
 
     def _match_pair(self, image_A: Float[Tensor, "ha wa 3"], image_B: Float[Tensor, "hb wb 3"]) -> Match:
         _require_size("dis", image_A, image_B)
-        scale = min(1.0, self.cfg.max_side / max(*image_A.shape[:2], *image_B.shape[:2]))
-        # One scale for both: the flow of two pictures of unlike resolution would be a zoom.
-        grey_A, grey_B = (_grey(_scaled(image, scale)) for image in (image_A, image_B))
-        canvas: HW = (max(grey_A.shape[0], grey_B.shape[0]), max(grey_A.shape[1], grey_B.shape[1]))
+        grey_A, grey_B = (_grey(image) for image in self._working_sizes(image_A, image_B))
+        canvas: HW = (
+            max(
+                grey_A.shape[0], grey_B.shape[0], _MIN_SIDE
+            ),  # a narrow strip was reduced below what DIS takes
+            max(grey_A.shape[1], grey_B.shape[1], _MIN_SIDE),
+        )
         padded_A, padded_B = _pad(grey_A, canvas), _pad(grey_B, canvas)
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         flow_A = _flow(dis, padded_A, padded_B)[: grey_A.shape[0], : grey_A.shape[1]]
         flow_B = _flow(dis, padded_B, padded_A)[: grey_B.shape[0], : grey_B.shape[1]]
-        warp_A, certainty_A = self._verify(flow_A, flow_B)
-        warp_B, certainty_B = self._verify(flow_B, flow_A)
+        warp_A, certainty_A = self._verify(flow_A, flow_B, grey_A)
+        warp_B, certainty_B = self._verify(flow_B, flow_A, grey_B)
         return Match(warp_A, certainty_A, warp_B, certainty_B, _hw(image_A), _hw(image_B), matcher=self.name)
 
+    def _working_sizes(self, image_A: Tensor, image_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce both by one factor, or, when one is a much larger picture, to one long side.
+
+        Flow cannot follow a zoom. Two pictures whose sizes are alike come from one camera, perhaps cropped; beyond
+        ``max_size_ratio`` they differ in resolution.
+        """
+        long_A, long_B = max(image_A.shape[:2]), max(image_B.shape[:2])
+        if max(long_A, long_B) > self.cfg.max_size_ratio * min(long_A, long_B):
+            long_side = min(self.cfg.max_side, long_A, long_B)
+            return fit_long_side(image_A, long_side), fit_long_side(image_B, long_side)
+        scale = min(1.0, self.cfg.max_side / max(long_A, long_B))
+        return fit_long_side(image_A, round(scale * long_A)), fit_long_side(image_B, round(scale * long_B))
+
     def _verify(
-        self, forward: Float[Tensor, "ha wa 2"], backward: Float[Tensor, "hb wb 2"]
+        self,
+        forward: Float[Tensor, "ha wa 2"],
+        backward: Float[Tensor, "hb wb 2"],
+        grey: UInt8[np.ndarray, "ha wa"],
     ) -> tuple[Float[Tensor, "ha wa 2"], Float[Tensor, "ha wa"]]:
+        """Warp, and certainty: both directions agree, and there is something to see."""
         warp = warp_from_flow(forward, _hw(backward))
         error_px = (forward + sample_image(backward, warp)).norm(dim=-1)
-        return warp.clamp(-1, 1), torch.exp(-error_px / self.cfg.error_scale_px) * inside_image(warp)
+        agreement = torch.exp(-error_px / self.cfg.error_scale_px)
+        return warp.clamp(-1, 1), agreement * inside_image(warp) * self._texture(grey)
+
+    def _texture(self, grey: UInt8[np.ndarray, "h w"]) -> Float[Tensor, "h w"]:
+        """Between 0 where the neighbourhood is blank, on which any two pictures agree, and 1 where it is textured."""
+        window = (self.cfg.texture_window_px, self.cfg.texture_window_px)
+        values = grey.astype(np.float32)
+        variance = cv2.blur(values * values, window) - cv2.blur(values, window) ** 2
+        variance = torch.from_numpy(np.maximum(variance, 0))
+        return variance / (variance + self.cfg.texture_scale**2)
 
 
 class SiftMatcher(Matcher):
@@ -85,6 +120,8 @@ class SiftMatcher(Matcher):
         # Best over second-best distance above which a match is ambiguous (Lowe's value).
         max_ratio: float = 0.8
         reach_px: float = 32.0
+        # ... but in a small image no farther than this share of its long side.
+        max_reach: float = 0.1
         # The dense warp is piecewise constant: more pixels than this would hold nothing new.
         warp_max_side: int = 512
 
@@ -93,11 +130,14 @@ class SiftMatcher(Matcher):
 
     def _match_pair(self, image_A: Float[Tensor, "ha wa 3"], image_B: Float[Tensor, "hb wb 3"]) -> Match:
         hw_A, hw_B = _hw(image_A), _hw(image_B)
-        (points_A, descriptors_A), (points_B, descriptors_B) = self._detect(image_A), self._detect(image_B)
+        (points_A, sizes_A, descriptors_A), (points_B, sizes_B, descriptors_B) = map(
+            self._detect, (image_A, image_B)
+        )
         index_A, index_B, ratio = self._pair_up(descriptors_A, descriptors_B)
         points_A, points_B = points_A[index_A], points_B[index_B]
-        warp_A, certainty_A = self._spread(points_A, points_B, hw_A, hw_B)
-        warp_B, certainty_B = self._spread(points_B, points_A, hw_B, hw_A)
+        zoom = (sizes_B[index_B] / sizes_A[index_A]).median().item() if len(index_A) else 1.0
+        warp_A, certainty_A = self._spread(points_A, points_B, hw_A, hw_B, zoom)
+        warp_B, certainty_B = self._spread(points_B, points_A, hw_B, hw_A, 1 / zoom)
         return Match(
             warp_A, certainty_A, warp_B, certainty_B, hw_A, hw_B, matcher=self.name,
             keypoints_A=points_A, keypoints_B=points_B, keypoint_certainty=1 - ratio,
@@ -105,19 +145,18 @@ class SiftMatcher(Matcher):
 
     def _detect(
         self, image: Float[Tensor, "h w 3"]
-    ) -> tuple[Float[Tensor, "n 2"], Float32[np.ndarray, "n 128"]]:
-        """Keypoints in original pixels, and their RootSIFT descriptors."""
+    ) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"], Float32[np.ndarray, "n 128"]]:
+        """Keypoints and their sizes in original pixels, and their RootSIFT descriptors."""
         small = fit_long_side(image, self.cfg.max_side)
         # OpenCV's default pyramid shifts every keypoint by a quarter of a pixel; the precise one does not.
         detector = cv2.SIFT.create(nfeatures=self.cfg.max_keypoints, enable_precise_upscale=True)
         keypoints, sift = detector.detectAndCompute(_grey(small), None)  # pyright: ignore
         if not keypoints:
-            return torch.zeros(0, 2), np.zeros((0, 128), np.float32)
-        points = from_integer_centers(
-            torch.tensor([keypoint.pt for keypoint in keypoints], dtype=torch.float32)
-        )
+            return torch.zeros(0, 2), torch.zeros(0), np.zeros((0, 128), np.float32)
+        points = from_integer_centers(torch.tensor([k.pt for k in keypoints], dtype=torch.float32))
+        sizes = torch.tensor([k.size for k in keypoints]) * (image.shape[1] / small.shape[1])
         root = np.sqrt(sift / np.maximum(np.abs(sift).sum(axis=1, keepdims=True), 1e-12))
-        return to_pixel(to_normalized(points, _hw(small)), _hw(image)), root.astype(np.float32)
+        return to_pixel(to_normalized(points, _hw(small)), _hw(image)), sizes, root.astype(np.float32)
 
     def _pair_up(self, a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor, Float[Tensor, " m"]]:
         """Mutual nearest neighbours that pass the ratio test: indices in A, in B, and the ratios."""
@@ -131,8 +170,9 @@ class SiftMatcher(Matcher):
         return keep.nonzero()[:, 0], index_B[keep, 0], ratio[keep]
 
     def _spread(
-        self, points: Float[Tensor, "n 2"], partners: Float[Tensor, "n 2"], hw: HW, hw_to: HW
+        self, points: Float[Tensor, "n 2"], partners: Float[Tensor, "n 2"], hw: HW, hw_to: HW, zoom: float
     ) -> tuple[Float[Tensor, "h w 2"], Float[Tensor, "h w"]]:
+        """Move every pixel as the nearest keypoint; ``zoom`` is the pixels of the other image to one of this."""
         scale = min(1.0, self.cfg.warp_max_side / max(hw))
         small: HW = (max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale)))
         grid = to_pixel(to_normalized(pixel_grid(small), small), hw)  # original pixels
@@ -141,8 +181,10 @@ class SiftMatcher(Matcher):
         from scipy.spatial import KDTree
 
         distance_px, nearest = KDTree(points.numpy()).query(grid.numpy())
-        target = grid + (partners - points)[torch.from_numpy(nearest)]
-        certainty = (1 - torch.from_numpy(distance_px).float() / self.cfg.reach_px).clamp(min=0)
+        nearest = torch.from_numpy(nearest)
+        target = partners[nearest] + zoom * (grid - points[nearest])
+        reach_px = min(self.cfg.reach_px, self.cfg.max_reach * max(hw))
+        certainty = (1 - torch.from_numpy(distance_px).float() / reach_px).clamp(min=0)
         return to_normalized(target, hw_to).clamp(-1, 1), certainty
 
 
@@ -160,10 +202,6 @@ def _require_size(name: str, *images: Tensor) -> None:
 
 def _hw(image: Tensor) -> HW:
     return image.shape[0], image.shape[1]
-
-
-def _scaled(image: Float[Tensor, "h w 3"], scale: float) -> Float[Tensor, "h2 w2 3"]:
-    return fit_long_side(image, max(_MIN_SIDE, round(scale * max(image.shape[:2]))))
 
 
 def _grey(image: Float[Tensor, "h w 3"]) -> UInt8[np.ndarray, "h w"]:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from l2m_viz.data.files import Saved, write_text
 from l2m_viz.errors import L2MError, ShapeError
-from l2m_viz.geometry import HW, inside_image, pixel_grid, sample_image, to_normalized, to_pixel
+from l2m_viz.geometry import (
+    HW,
+    inside_image,
+    pixel_grid,
+    sample_image,
+    sample_warp,
+    to_normalized,
+    to_pixel,
+)
 
 Direction = Literal["A_to_B", "B_to_A"]
 
@@ -51,6 +59,10 @@ class Match(Saved):
         keypoints_A: A sparse matcher's own sub-pixel keypoints in original pixels of A, else None.
         keypoints_B: Their partners in B.
         keypoint_certainty: Their certainties.
+
+    Raises:
+        ShapeError: a warp is not (h, w, 2), its certainty not (h, w), or an image size not two positive numbers.
+        L2MError: a warp or certainty is not finite.
     """
 
     warp_A_to_B: Float[Tensor, "ha wa 2"]
@@ -64,6 +76,19 @@ class Match(Saved):
     keypoints_B: Float[Tensor, "n 2"] | None = None
     keypoint_certainty: Float[Tensor, " n"] | None = None
 
+    def __post_init__(self) -> None:
+        for side in ("A_to_B", "B_to_A"):
+            warp, certainty = getattr(self, f"warp_{side}"), getattr(self, f"certainty_{side}")
+            if warp.ndim != 3 or warp.shape[-1] != 2 or warp.shape[:2] != certainty.shape or 0 in warp.shape:
+                got = f"{tuple(warp.shape)} and {tuple(certainty.shape)}"
+                raise ShapeError(f"Match {side}", expected="warp (h, w, 2) and certainty (h, w)", got=got)
+            if not (torch.isfinite(warp).all() and torch.isfinite(certainty).all()):
+                raise L2MError(f"Match {side}", expected="finite warp and certainty", got="NaN or infinity")
+        for name in ("hw_A", "hw_B"):
+            hw = getattr(self, name)
+            if len(hw) != 2 or not all(isinstance(side, int) and side > 0 for side in hw):
+                raise ShapeError(f"Match.{name}", expected="(H, W) in px, both > 0", got=repr(hw))
+
     def query(
         self, points: Float[Tensor, "*n 2"], direction: Direction = "A_to_B"
     ) -> tuple[Float[Tensor, "*n 2"], Float[Tensor, "*n"]]:
@@ -76,14 +101,19 @@ class Match(Saved):
             ShapeError: the points are not (..., 2).
             L2MError: a point is not finite, or the direction is unknown.
         """
-        points = torch.as_tensor(points, dtype=torch.float32)
+        try:
+            points = torch.as_tensor(points, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ShapeError(
+                "query", expected="points (..., 2) as (x, y) px", got=type(points).__name__
+            ) from error
         if points.ndim == 0 or points.shape[-1] != 2:
             raise ShapeError("query", expected="points (..., 2) as (x, y) px", got=str(tuple(points.shape)))
         if not torch.isfinite(points).all():
             raise L2MError("query", expected="finite points", got="NaN or infinity")
         warp, certainty, hw_from, hw_to = self._side(direction)
         points_n = to_normalized(points, hw_from)
-        target = sample_image(warp, points_n).clamp(-1, 1)
+        target = sample_warp(warp, points_n.clamp(-1, 1)).clamp(-1, 1)
         return to_pixel(target, hw_to), sample_image(certainty, points_n) * inside_image(points_n)
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Matches:
@@ -96,8 +126,8 @@ class Match(Saved):
         Raises:
             L2MError: ``num`` is negative.
         """
-        if num < 0:
-            raise L2MError("sample", expected="num >= 0", got=str(num))
+        if not isinstance(num, int) or num < 0:
+            raise L2MError("sample", expected="a whole num >= 0", got=repr(num))
         if (
             self.keypoints_A is not None
             and self.keypoints_B is not None
@@ -117,7 +147,7 @@ class Match(Saved):
         """Distance in original pixels between each pixel and where it lands after going there and back."""
         there, _, hw_from, _ = self._side(direction)
         back, _, _, _ = self._side("B_to_A" if direction == "A_to_B" else "A_to_B")
-        returned = to_pixel(sample_image(back, there.clamp(-1, 1)), hw_from)
+        returned = to_pixel(sample_warp(back, there.clamp(-1, 1)), hw_from)
         start = to_pixel(to_normalized(pixel_grid(_hw(there)), _hw(there)), hw_from)
         return (returned - start).norm(dim=-1)
 

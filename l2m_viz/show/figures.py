@@ -19,7 +19,7 @@ from l2m_viz.errors import ShapeError
 from l2m_viz.matching import Matches
 from l2m_viz.show.colors import COLOR_MAPS, NOTHING, value_limits
 
-_PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES = 4.2, 0.75, 0.35
+_PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES, _MIN_INCHES = 4.2, 0.75, 0.35, 0.6
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def panels(*contents: Panel, columns: int = 3) -> Figure:
     aspect = max(panel.values.shape[0] / panel.values.shape[1] for panel in contents)
     bars = any(panel.kind in COLOR_MAPS for panel in contents[: columns * rows])
     picture_width = _PANEL_INCHES - _BAR_INCHES * bars
-    height = picture_width * min(aspect, 2.0) + _TITLE_INCHES
+    height = max(picture_width * min(aspect, 2.0), _MIN_INCHES) + _TITLE_INCHES
     figure = Figure(figsize=(_PANEL_INCHES * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, contents, strict=False):
@@ -80,7 +80,7 @@ def matches(
     canvas[: image_A.shape[0], : image_A.shape[1]] = image_A
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
     figure_width = 2.4 * _PANEL_INCHES
-    figure_height = (figure_width - _BAR_INCHES) * height / width + _TITLE_INCHES
+    figure_height = max((figure_width - _BAR_INCHES) * height / width, _MIN_INCHES) + _TITLE_INCHES
     figure = Figure(figsize=(figure_width, figure_height), layout="constrained")
     axis = figure.subplots()
     axis.imshow(canvas.numpy(), extent=(0, width, height, 0))  # continuous pixel coordinates: [0, W] x [0, H]
@@ -103,7 +103,9 @@ def matches(
         figure.colorbar(
             lines, ax=axis, label="certainty" if errors_px is None else "error (px)", fraction=0.02
         )
-    axis.set_title(title or f"{len(matches)} matches", fontsize=10)
+    drawn = min(num, len(matches))
+    lines_drawn = f"{drawn} matches" if drawn == len(matches) else f"{drawn} of {len(matches)} matches"
+    axis.set_title(f"{title}: {lines_drawn}" if title else lines_drawn, fontsize=10)
     return figure
 
 

@@ -21,6 +21,7 @@ from l2m_viz.geometry import (
     normalized_grid,
     pixel_grid,
     sample_image,
+    sample_warp,
     to_integer_centers,
     to_normalized,
     to_pixel,
@@ -52,7 +53,7 @@ def view_pair(image_A: Tensor, image_B: Tensor, match: Match, long_side: int = 9
     """Reduce both images to the screen and sample B at the match of every pixel of A."""
     small_A, small_B = fit_long_side(image_A, long_side), fit_long_side(image_B, long_side)
     grid = normalized_grid(_hw(small_A))
-    warp = sample_image(match.warp_A_to_B, grid)
+    warp = sample_warp(match.warp_A_to_B, grid)
     certainty = sample_image(match.certainty_A_to_B, grid)
     return PairView(small_A, small_B, sample_image(small_B, warp), certainty)
 

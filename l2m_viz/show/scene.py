@@ -5,6 +5,7 @@ The browser's splats are for looking around, never for measuring: `display_covar
 """
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -294,6 +295,7 @@ class SceneHandle:
         size: float,
         kept: Int[Tensor, " m"],
     ) -> None:
+        self._turn = threading.RLock()  # callbacks and the painter come from several threads
         self.units = units
         self.frusta: dict[str, viser.FrameHandle] = {}
         self.pictures: dict[str, viser.ImageHandle] = {}
@@ -313,20 +315,23 @@ class SceneHandle:
 
     def set_colors(self, rgb: Float[Tensor, "n 3"]) -> None:
         """Recolour the scene: one RGB for each Gaussian that `build_scene` was given."""
-        self._splats.rgbs = self._rgb = _uint8(rgb[self._kept])
-        if self._points is not None:
-            self._points.colors = self._rgb
+        with self._turn:
+            self._splats.rgbs = self._rgb = _uint8(rgb[self._kept])
+            if self._points is not None:
+                self._points.colors = self._rgb
 
     def set_size(self, size: float) -> None:
         """Set the display size of the splats, times their true scale."""
-        self._size = size * self._spread
-        self._splats.covariances = _float32(display_covariances(self._gaussians, self.units, self._size))
+        with self._turn:
+            self._size = size * self._spread
+            self._splats.covariances = _float32(display_covariances(self._gaussians, self.units, self._size))
 
     def show_gaussians(self, visible: bool) -> None:
         """Show or hide the splats."""
-        self._shown = self._splats.visible = visible
-        if self._points is not None:
-            self._points.visible = False
+        with self._turn:
+            self._shown = self._splats.visible = visible
+            if self._points is not None:
+                self._points.visible = False
 
     def show_frusta(self, visible: bool) -> None:
         """Show or hide the cameras."""
@@ -339,18 +344,19 @@ class SceneHandle:
         viser drops a splat once it is smaller than about half a pixel: the scene would fade away as one steps back. A
         point is never smaller than one pixel, so from there on each splat gets a point of its colour.
         """
-        needed = self._shown and self.dropped_share(camera) > _MAX_DROPPED
-        if needed and self._points is None:
-            self._points = self._scene.add_point_cloud(
-                "/gaussians/points",
-                points=_float32(self._gaussians.means * self.units.per_scene_unit),
-                colors=self._rgb,
-                point_size=_POINT_SIZE,
-                point_shading="flat",
-                precision="float32",
-            )
-        if self._points is not None and self._points.visible != needed:
-            self._points.visible = needed
+        with self._turn:
+            needed = self._shown and self.dropped_share(camera) > _MAX_DROPPED
+            if needed and self._points is None:
+                self._points = self._scene.add_point_cloud(
+                    "/gaussians/points",
+                    points=_float32(self._gaussians.means * self.units.per_scene_unit),
+                    colors=self._rgb,
+                    point_size=_POINT_SIZE,
+                    point_shading="flat",
+                    precision="float32",
+                )
+            if self._points is not None and self._points.visible != needed:
+                self._points.visible = needed
 
     def dropped_share(self, camera: Camera) -> float:
         """Share of the splats before the camera that the browser drops: opacity * det(Sigma' + 0.3 I) < 0.25 px^4."""

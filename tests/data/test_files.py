@@ -145,6 +145,17 @@ def test_wrong_type_and_fields(tmp_path):
             Other.load(tmp_path / "x.npz")
 
 
+def test_a_file_from_before_an_optional_field_still_loads(tmp_path):
+    from l2m_viz.matching import Match
+
+    warp = torch.zeros(2, 3, 2)
+    Match(warp, warp[..., 0], warp, warp[..., 0], (20, 30), (20, 30), "old").save(tmp_path / "m.npz")
+    arrays, meta = load_npz(tmp_path / "m.npz")
+    del meta["fields"]["keypoints_A"]
+    save_npz(tmp_path / "old.npz", arrays, meta)
+    assert Match.load(tmp_path / "old.npz").keypoints_A is None
+
+
 def test_pickles_are_refused(tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from l2m_viz.errors import ShapeError
+from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.gaussians import Gaussians, rasterize
 from l2m_viz.geometry import Camera, intrinsics, look_at
 
@@ -193,6 +193,26 @@ def test_cpu_gradients_equal_the_reference(seed):
         # pixels that end within rounding of the limit differ by one Gaussian: a few rows may
         assert (error < 2e-3 * scale + 2e-3).float().mean() > 0.98, name
         assert torch.isfinite(fast).all(), name
+
+
+def test_impossible_options_and_camera_gradients_are_refused(unchecked):
+    gaussians, camera = _hard_scene(0), _camera()
+    for wrong in ({"near": -1.0}, {"near": 2.0, "far": 1.0}, {"eps2d": -1.0}, {"near": math.nan}):
+        with pytest.raises(L2MError, match="expected"):
+            rasterize(gaussians, camera, **wrong)
+    with pytest.raises(ShapeError, match="background"):
+        rasterize(gaussians, camera, background=torch.ones(1))
+    moving = Camera(camera.K, camera.w2c.clone().requires_grad_(), camera.width, camera.height)
+    with pytest.raises(L2MError, match="reference"):
+        rasterize(gaussians, moving)
+    assert rasterize(gaussians, moving, backend="reference").color.requires_grad
+
+
+def test_a_camera_in_double_precision_is_drawn_alike_by_both():
+    camera = _camera()
+    double = Camera(camera.K.double(), camera.w2c.double(), camera.width, camera.height)
+    a, b = (rasterize(_hard_scene(1), double, backend=backend).alpha for backend in BACKENDS)
+    assert ((a - b).abs() < 1e-4).float().mean() > 0.999
 
 
 def test_gradients_reach_only_what_was_drawn():

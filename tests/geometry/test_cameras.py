@@ -130,6 +130,14 @@ def test_errors_name_what_is_wrong():
         Camera(K * float("nan"), eye, width=6, height=4)
     with pytest.raises(L2MError, match="focal"):
         Camera(K * torch.tensor([-1.0, 1.0, 1.0]), eye, width=6, height=4)
+    skewed = K.clone()
+    skewed[0, 1] = 3
+    for wrong in (skewed, K * 2):
+        with pytest.raises(L2MError, match="skew"):
+            Camera(wrong, eye, width=6, height=4)
+    for wrong in (2 * eye, torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))):
+        with pytest.raises(L2MError, match="rigid"):
+            Camera(K, wrong, width=6, height=4)
     with pytest.raises(L2MError, match="parallel"):
         look_at(torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]))
     with pytest.raises(L2MError, match="parallel"):

@@ -347,7 +347,7 @@ def test_headers_that_promise_too_much_are_refused_before_decoding(tmp_path, mon
 
 def test_names_and_arguments_that_cannot_be_used(tmp_path):
     refused(tmp_path / "absent.png", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "is a folder")
     (tmp_path / "depth.txt").write_text("1 2 3")
     refused(tmp_path / "depth.txt", r"expected one of \.npy")
     np.savez(tmp_path / "two.npz", a=METRES, b=METRES)

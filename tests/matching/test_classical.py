@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l2m_viz.data import load_sample, to_uint8, write_image
+from l2m_viz.data import load_sample, resize_image, to_uint8, write_image
 from l2m_viz.errors import ImageError, MissingError, ShapeError
 from l2m_viz.evaluation import end_point_error
 from l2m_viz.geometry import normalized_grid, pixel_grid, sample_image, to_normalized
@@ -83,6 +83,32 @@ def test_a_blank_image_gives_an_answer_not_a_crash(photo, name):
     assert torch.isfinite(match.warp_A_to_B).all()
     assert ((match.certainty_A_to_B >= 0) & (match.certainty_A_to_B <= 1)).all()
     assert len(match.sample(100, torch.Generator().manual_seed(0))) <= 100
+
+
+@pytest.mark.parametrize("name", ["dis", "sift"])
+def test_two_blank_pictures_have_no_overlap(name):
+    match = load_matcher(name).match(torch.full((40, 60, 3), 0.5), torch.zeros(40, 60, 3))
+    assert match.overlap < 0.01
+    assert len(match.sample(100)) == 0
+
+
+@pytest.mark.parametrize("name", ["dis", "sift"])
+def test_the_same_photo_at_another_resolution_is_the_same_photo(photo, name):
+    big = resize_image(photo, (900, 1350))
+    match = load_matcher(name).match(resize_image(photo, (300, 450)), big)
+    y, x = torch.meshgrid(torch.arange(40.0, 280, 20), torch.arange(40.0, 430, 20), indexing="ij")
+    points = torch.stack([x, y], dim=-1)
+    answer, certainty = match.query(points)
+    error = (answer - 3 * points).norm(dim=-1)
+    assert (certainty > 0.3).float().mean() > 0.2
+    assert error[certainty > 0.3].median() < 3
+
+
+def test_a_narrow_strip_is_matched_with_itself(photo):
+    strip = resize_image(photo, (20, 2400))
+    match = load_matcher("dis").match(strip, strip)
+    answer, _ = match.query(torch.tensor([[1200.0, 10.0]]))
+    torch.testing.assert_close(answer, torch.tensor([[1200.0, 10.0]]), atol=2.0, rtol=0)
 
 
 def test_paths_pil_arrays_and_lists_are_the_same(photo, tmp_path):

@@ -52,6 +52,21 @@ def test_query_at_the_warp_grid_returns_the_warp():
     torch.testing.assert_close(to_normalized(answer, HW_B), match.warp_A_to_B, atol=1e-5, rtol=0)
 
 
+def test_a_coarse_identity_warp_is_the_identity_up_to_the_border():
+    grid = normalized_grid((4, 6))
+    match = Match(grid, torch.ones(4, 6), grid, torch.ones(4, 6), (400, 600), (400, 600))
+    points = torch.tensor([[0.0, 0.0], [600.0, 400.0], [3.0, 250.0], [599.0, 1.0]])
+    answer, certainty = match.query(points)
+    torch.testing.assert_close(answer, points, atol=1e-3, rtol=0)
+    assert certainty.tolist() == [1.0] * 4
+    assert match.cycle_error().max() < 1e-3
+
+
+def test_no_points_no_answer():
+    answer, certainty = _affine_match().query(torch.zeros(0, 2))
+    assert (answer.shape, certainty.shape) == ((0, 2), (0,))
+
+
 def test_points_outside_are_finite_clamped_and_uncertain():
     answer, certainty = _affine_match().query(torch.tensor([[-500.0, 10.0], [1e6, 1e6]]))
     assert torch.isfinite(answer).all()
@@ -147,6 +162,22 @@ def test_errors(unchecked):
         match.query(torch.zeros(4, 3))
     with pytest.raises(L2MError, match="NaN"):
         match.query(torch.tensor([[float("nan"), 0.0]]))
+    for nonsense in ("a", None, [[1.0, 2.0], [3.0]]):
+        with pytest.raises(ShapeError, match="points"):
+            match.query(nonsense)
+    with pytest.raises(L2MError, match="num"):
+        match.sample(2.5)
+    with pytest.raises(ShapeError, match="certainty"):
+        Match(match.warp_A_to_B, torch.ones(3, 3), match.warp_B_to_A, match.certainty_B_to_A, HW_A, HW_B)
+    with pytest.raises(L2MError, match="NaN"):
+        Match(
+            match.warp_A_to_B * torch.nan,
+            match.certainty_A_to_B,
+            match.warp_B_to_A,
+            match.certainty_B_to_A,
+            HW_A,
+            HW_B,
+        )
     with pytest.raises(L2MError, match="direction"):
         match.query(torch.zeros(1, 2), "sideways")
 
