@@ -68,9 +68,9 @@ def take_viewer(page: Page, url: str) -> None:
         remark.dispatch_event("click")
     page.mouse.move(450, 450)
     page.mouse.down()
-    page.mouse.move(560, 480, steps=10)
+    page.mouse.move(400, 462, steps=3)
     page.mouse.up()
-    page.mouse.wheel(0, 400)
+    page.mouse.wheel(0, 500)
     page.wait_for_timeout(8000)
     page.screenshot(path=IMAGES / "viewer.png", timeout=180_000)  # software WebGL is slow
 
