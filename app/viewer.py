@@ -19,6 +19,7 @@ from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians import Gaussians
 from l2m_viz.geometry import Camera
+from l2m_viz.lifting import NEAR
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import scene as scenes
 from l2m_viz.show.scene import ColorMode, NovelView, Pictures, ViewerCamera, ViewerUnits
@@ -50,6 +51,7 @@ class Shown:
     pca: FeaturePCA
     pictures: Pictures
     length_unit: str
+    near: float
 
     @property
     def camera(self) -> Camera:
@@ -71,7 +73,7 @@ def load(cfg: ViewerCfg) -> Shown:
     near, far = (value.item() for value in depth.depth[depth.valid_mask].aminmax())
     title = f"**{photo.title}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
     pictures = {"A": (scene.camera, scene.image), "B": (photo.camera_B, image_B)}
-    return Shown(title, gaussians, pca, pictures, unit)
+    return Shown(title, gaussians, pca, pictures, unit, near=NEAR * scene.unit)
 
 
 class Painter(threading.Thread):
@@ -191,7 +193,7 @@ class Visitor:
         self.scene.see_from(scenes.camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
         camera = scenes.camera_from_viewer(seen, units, long_side)
         mode, start = _MODES[self._colors.value], time.perf_counter()
-        view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca)
+        view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca, self.shown.near)
         milliseconds = 1000 * (time.perf_counter() - start)
         image = to_uint8(view.image)
         self._picture.image = image
@@ -241,8 +243,8 @@ def serve(cfg: ViewerCfg, shown: Shown) -> None:
                 visitor.leave()
 
         moved = "" if cfg.port in (0, server.get_port()) else f" (port {cfg.port} is taken)"
-        print(f"viewer: http://{cfg.host}:{server.get_port()}{moved}, Ctrl-C ends it", flush=True)
         try:
+            print(f"viewer: http://{cfg.host}:{server.get_port()}{moved}, Ctrl-C ends it", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             print("viewer stopped")

@@ -253,9 +253,15 @@ class NovelView:
 
 
 def novel_view(
-    gaussians: Gaussians, camera: Camera, mode: ColorMode = "rgb", pca: FeaturePCA | None = None
+    gaussians: Gaussians,
+    camera: Camera,
+    mode: ColorMode = "rgb",
+    pca: FeaturePCA | None = None,
+    near: float = 0.01,
 ) -> NovelView:
     """Rasterize Gaussians, colour the result by mode, and draw its holes as magenta and grey stripes.
+
+    ``near`` is the nearest drawn depth in world units; give `NEAR` times the scene's unit where it is known.
 
     Raises:
         MissingError: features asked of Gaussians that have none.
@@ -265,7 +271,7 @@ def novel_view(
         raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
     if features is not None and not _is_raw(features, pca):
         features = features[:, :3].contiguous()  # the others have no colour
-    render = rasterize(replace(gaussians, features=features), camera)
+    render = rasterize(replace(gaussians, features=features), camera, near=near)
     hole = render.alpha < HOLE_ALPHA
     limits = value_limits(render.depth, "depth", ~hole)
     if mode == "depth":

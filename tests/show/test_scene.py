@@ -226,6 +226,10 @@ def test_novel_view_draws_holes_as_stripes_and_nothing_else(camera, gaussians):
     assert whole.hole_share < 0.01
     original = sphere_on_plane().image(camera)
     assert (whole.image - original).abs()[~whole.hole_mask].mean() < 0.05
+    shrunk = replace(
+        gaussians, means=gaussians.means * 1e-3, log_scales=gaussians.log_scales + math.log(1e-3)
+    )
+    assert scenes.novel_view(shrunk, camera, near=1e-5).hole_share < 0.01  # another unit, the same picture
 
 
 def test_novel_view_shows_features_and_depth_with_its_range(camera, gaussians):
