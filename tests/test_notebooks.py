@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 10  # of a code cell, blank ones not counted; the cell of the imports may be longer
 THIRD_PARTY = {"l2m_viz", "torch", "matplotlib", "ipywidgets"}
-CELL_TIMEOUT_S = 300
+CELL_TIMEOUT_S = 150
 
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
@@ -120,14 +120,21 @@ def test_it_runs(path, tmp_path):
 
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "IPYTHONDIR": str(tmp_path)}
-    notebook = read(path)
-    client = nbclient.NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT_S,
-        kernel_manager_class=ThisPython,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute(env=env)  # raises at the first cell that does
+    for attempt in (1, 2):
+        notebook = read(path)
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT_S,
+            kernel_manager_class=ThisPython,
+            resources={"metadata": {"path": str(path.parent)}},
+        )
+        try:
+            client.execute(env=env)  # raises at the first cell that does
+            break
+        except nbclient.exceptions.CellTimeoutError:
+            # Seen once: the kernel had finished and was idle, its last message lost. Twice is the lesson's own fault.
+            if attempt == 2:
+                raise
 
     pictures = 0
     for cell, after in pairwise(notebook.cells):
