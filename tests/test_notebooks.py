@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 10  # of a code cell, blank ones not counted; the cell of the imports may be longer
 THIRD_PARTY = {"l2m_viz", "torch", "matplotlib", "ipywidgets"}
-CELL_TIMEOUT_S = 150
+CELL_TIMEOUT_S = 60
 
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 
