@@ -54,32 +54,22 @@ class _Splat(torch.autograd.Function):
         means, quats, log_scales, logits, colors, features = map(_array, inputs[:6])
         view: _View = inputs[6]
         n, hw = len(means), view.hw
-        screen, tiles = np.empty((n, _splat.NUM_COLUMNS), np.float32), np.empty((n, 4), np.int32)
+        screen, tiles = _empty_rows(n, _splat.NUM_COLUMNS), np.empty((n, 4), np.int16)
         limits = map(np.float32, (view.near, view.far, view.eps2d))
         run_kernel(
-            _splat.project_gaussians,
-            means,
-            quats,
-            log_scales,
-            logits,
-            view.w2c,
-            view.K,
-            hw,
-            *limits,
-            screen,
-            tiles,
-        )
+            _splat.project_gaussians, means, quats, log_scales, logits, colors, view.w2c, view.K, hw, *limits,
+            screen, tiles,
+        )  # fmt: skip
         columns, rows = -(-hw[1] // _splat.TILE), -(-hw[0] // _splat.TILE)
         start, indices = run_kernel(_splat.bin_into_tiles, tiles, columns, rows)
-        run_kernel(_splat.sort_tiles, start, indices, screen)
         color, feature = np.empty((*hw, 3), np.float32), np.empty((*hw, features.shape[1]), np.float32)
         depth, transmittance, last = (
             np.empty(hw, np.float32),
             np.empty(hw, np.float32),
-            np.empty(hw, np.int64),
+            np.empty(hw, np.int32),
         )
         run_kernel(
-            _splat.composite_tiles, start, indices, screen, colors, features, columns,
+            _splat.composite_tiles, start, indices, screen, features, columns,
             color, feature, depth, transmittance, last,
         )  # fmt: skip
         if any(ctx.needs_input_grad):
@@ -95,7 +85,7 @@ class _Splat(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 (torch's signature)
         *grad_outputs: Any,  # noqa: ANN401
     ) -> tuple[Tensor | None, ...]:
-        means, quats, log_scales, _, colors, features = map(_array, ctx.saved_tensors)
+        means, quats, log_scales, _, _, features = map(_array, ctx.saved_tensors)
         screen, tiles, start, indices, last, transmittance = ctx.buffers
         view: _View = ctx.view
         n, width = features.shape
@@ -105,22 +95,31 @@ class _Splat(torch.autograd.Function):
         private = np.zeros((len(first) - 1, num_private, _splat_grad.NUM_GRADS), np.float32)
         private_features = np.zeros((len(first) - 1, num_private, width), np.float32)
         run_kernel(
-            _splat_grad.composite_backward, start, indices, screen, colors, features, ctx.columns, first, rows, last,
+            _splat_grad.composite_backward, start, indices, screen, features, ctx.columns, first, rows, last,
             transmittance, *map(_array, grad_outputs), grad, g_features, private, private_features,
         )  # fmt: skip
-        run_kernel(_splat_grad.add_private, rows, private, private_features, grad, g_features)
+        run_kernel(_splat_grad.add_private, rows, private, grad)
+        run_kernel(_splat_grad.add_private, rows, private_features, g_features)
         g_means, g_quats, g_log_scales = (np.empty((n, k), np.float32) for k in (3, 4, 3))
-        g_logits = np.empty(n, np.float32)
+        g_logits = np.empty((n, 1), np.float32)
         run_kernel(
             _splat_grad.project_backward, means, quats, log_scales, view.w2c, view.K, view.hw, tiles, screen, grad,
             g_means, g_quats, g_log_scales, g_logits,
         )  # fmt: skip
         g_colors = np.ascontiguousarray(grad[:, _splat_grad.GRAD_RED :])
         return (
-            *map(torch.from_numpy, (g_means, g_quats, g_log_scales, g_logits, g_colors, g_features)),
+            *map(torch.from_numpy, (g_means, g_quats, g_log_scales, g_logits[:, 0], g_colors, g_features)),
             None,
         )
 
 
 def _array(value: Tensor) -> np.ndarray:
     return np.ascontiguousarray(value.detach().cpu().numpy(), np.float32)
+
+
+def _empty_rows(n: int, width: int) -> np.ndarray:
+    """Memory for n rows that begin at cache lines, in large pages where the system has them (torch does not ask)."""
+    line = 64 // np.dtype(np.float32).itemsize
+    memory = np.empty(n * width + line, np.float32)
+    first = -(memory.ctypes.data // memory.itemsize) % line
+    return memory[first : first + n * width].reshape(n, width)

@@ -236,22 +236,3 @@ def test_no_gradient_reaches_shape_or_opacity_where_alpha_is_capped():
         torch.testing.assert_close(
             leaves[4].grad, torch.full((1, 3), 0.999 * HW[0] * HW[1]), rtol=1e-4, atol=0
         )
-
-
-def test_exponential_is_accurate_over_its_whole_range():
-    import numba
-    import numpy as np
-
-    from l2m_viz.gaussians._splat import _exp
-
-    @numba.njit
-    def table(x):
-        out = np.empty_like(x)
-        for i in range(len(x)):
-            out[i] = _exp(x[i])
-        return out
-
-    x = np.linspace(-40, 40, 8001, dtype=np.float32)
-    np.testing.assert_allclose(table(x), np.exp(x.astype(np.float64)), rtol=1e-6)
-    assert table(np.zeros(1, np.float32))[0] == 1.0
-    assert math.isfinite(table(np.full(1, -79.0, np.float32))[0])
