@@ -41,6 +41,15 @@ class Other(Saved):
     warp: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Outer(Saved):
+    """Holds other results, one of which may be absent."""
+
+    inner: Result
+    maybe: Other | None = None
+    count: int = 0
+
+
 def result() -> Result:
     warp = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(15).reshape(3, 5) % 2 == 0
@@ -124,6 +133,65 @@ def test_saved_detaches_and_packs(tmp_path):
     Other(torch.zeros(4, 3, requires_grad=True).T.expand(2, 3, 4)).save(tmp_path / "o.npz")
     loaded = Other.load(tmp_path / "o.npz").warp
     assert tuple(loaded.shape) == (2, 3, 4) and not loaded.requires_grad
+
+
+def test_a_saved_inside_a_saved(tmp_path):
+    whole = Outer(result(), Other(torch.ones(2, 3)), 7)
+    whole.save(tmp_path / "o.npz")
+    arrays, meta = load_npz(tmp_path / "o.npz")
+    assert {"inner.warp", "inner.mask", "inner.scalar", "maybe.warp"} == set(arrays)
+    assert meta["fields"]["inner.name"] == "é"
+    loaded = Outer.load(tmp_path / "o.npz")
+    assert type(loaded.inner) is Result and torch.equal(loaded.inner.warp, whole.inner.warp)
+    assert loaded.inner.nested == whole.inner.nested and loaded.inner.options == {"a": 1}
+    assert torch.equal(loaded.maybe.warp, torch.ones(2, 3)) and loaded.count == 7
+    Outer(result()).save(tmp_path / "o.npz")
+    assert Outer.load(tmp_path / "o.npz").maybe is None
+
+
+def test_a_saved_inside_two_others(tmp_path):
+    @dataclass(frozen=True)
+    class Outermost(Saved):
+        outer: Outer
+
+    Outermost(Outer(result(), Other(torch.ones(2)))).save(tmp_path / "o.npz")
+    assert "outer.maybe.warp" in load_npz(tmp_path / "o.npz")[0]
+    assert torch.equal(Outermost.load(tmp_path / "o.npz").outer.maybe.warp, torch.ones(2))
+
+
+def test_bytes_are_the_file(tmp_path):
+    result().save(tmp_path / "r.npz")
+    data = result().to_bytes()
+    assert data == (tmp_path / "r.npz").read_bytes()
+    assert torch.equal(Result.from_bytes(data, "block").warp, result().warp)
+    for damaged in (data[:-1], data[:50], b"", b"hello"):
+        with pytest.raises(FileFormatError, match="cannot read block"):
+            Result.from_bytes(damaged, "block")
+    with pytest.raises(FileFormatError, match="cannot load block"):
+        Other.from_bytes(data, "block")
+
+
+def test_wrong_fields_inside(tmp_path):
+    Outer(result(), Other(torch.ones(2, 3)), 7).save(tmp_path / "o.npz")
+    arrays, meta = load_npz(tmp_path / "o.npz")
+    plain = meta["fields"]
+    warp = arrays.pop("maybe.warp")
+    for more, change in [
+        ({}, {}),  # a field of the inner one is absent
+        ({"maybe.other": warp}, {}),
+        ({"maybe.warp": warp, "maybe.more": warp}, {}),
+        ({"maybe.warp": warp}, {"maybe": None}),  # fields of what is not there
+        ({"maybe.warp": warp}, {"maybe": {"type": "Result"}}),
+        ({"maybe.warp": warp}, {"maybe": {}}),
+        ({"maybe.warp": warp}, {"maybe": 3}),
+        ({"maybe.warp": warp, "maybe": warp}, {}),
+        ({"maybe.warp": warp}, {"maybe.warp": 1}),
+        ({"count.warp": warp}, {"maybe": None}),  # not a field that holds others
+        ({"maybe.warp": np.array(["text"])}, {}),
+    ]:
+        save_npz(tmp_path / "x.npz", {**arrays, **more}, {**meta, "fields": {**plain, **change}})
+        with pytest.raises(FileFormatError, match="cannot load"):
+            Outer.load(tmp_path / "x.npz")
 
 
 def test_wrong_type_and_fields(tmp_path):
