@@ -15,10 +15,21 @@ from .errors import (
     ShapeError as ShapeError,
 )
 from .gaussians import (
+    FeatureView as FeatureView,
+    FitCfg as FitCfg,
+    FitStep as FitStep,
     Gaussians as Gaussians,
+    LiftedFeatures as LiftedFeatures,
+    Picked as Picked,
     Render as Render,
+    feature_similarity as feature_similarity,
     gaussians_from_depth as gaussians_from_depth,
+    lift_features as lift_features,
+    lift_features_steps as lift_features_steps,
+    pick as pick,
     rasterize as rasterize,
+    read_ply as read_ply,
+    write_ply as write_ply,
 )
 from .geometry import Camera as Camera
 from .lifting import (

@@ -22,7 +22,11 @@ REQUIRED = [
     *("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity"),
     *("scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"),
 ]
-CODES = {"float": "f", "float32": "f", "double": "d", "uchar": "B", "int": "i"}
+CODES = {  # PLY's types, by both of their names, in `struct`
+    **{"char": "b", "uchar": "B", "short": "h", "ushort": "H", "int": "i", "uint": "I"},
+    **{"int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I"},
+    **{"float": "f", "double": "d", "float32": "f", "float64": "d"},
+}
 TENSORS = ("means", "quats", "log_scales", "logit_opacities", "colors", "features", "sh_rest", "sh_dc")
 
 
@@ -75,7 +79,7 @@ def by_hand(
         else:
             order = "<" if layout.endswith("little_endian") else ">"
             codes = "".join(CODES[kinds[name]] for name in values)
-            cells = [int(c) if k in "Bi" else c for c, k in zip(cells, codes, strict=True)]
+            cells = [c if k in "fd" else int(c) for c, k in zip(cells, codes, strict=True)]
             data += struct.pack(order + codes, *cells)
     path.write_bytes(data)
     return path
@@ -97,6 +101,8 @@ def check(gaussians: Gaussians, values: dict[str, np.ndarray]):
     assert torch.equal(gaussians.log_scales, columns("scale_0", "scale_1", "scale_2"))
     assert torch.equal(gaussians.quats, columns("rot_0", "rot_1", "rot_2", "rot_3"))
     expected = 0.5 + 0.28209479177387814 * columns("f_dc_0", "f_dc_1", "f_dc_2").double()
+    if gaussians.sh_rest is None:
+        expected = expected.clamp(min=0)
     torch.testing.assert_close(gaussians.colors.double(), expected, atol=3e-7, rtol=0)
 
 
@@ -167,6 +173,16 @@ def test_gsplat_js_finds_the_end_of_the_header_and_the_rows(tmp_path, num_featur
     np.testing.assert_array_equal(rows[:, names.index("z")], gaussians.means[:, 2])
     np.testing.assert_array_equal(rows[:, names.index("rot_3")], gaussians.quats[:, 3])
     np.testing.assert_array_equal(rows[:, names.index("feat_0")], gaussians.features[:, 0])
+
+
+def test_the_header_word_for_word(tmp_path):
+    write_ply(ours(1, None, backbone="dino"), tmp_path / "g.ply")
+    header, _, rows = (tmp_path / "g.ply").read_bytes().partition(b"end_header\n")
+    lines = header.decode("ascii").split("\n")
+    start = ["ply", "format binary_little_endian 1.0", 'comment l2m_viz {"backbone": "dino"}']
+    assert lines[:5] == [*start, "element vertex 4", "property float x"]
+    assert lines[-2:] == ["property float feat_0", ""]
+    assert len(rows) == NUM * 18 * 4
 
 
 # --- there and back
@@ -267,6 +283,32 @@ def test_elements_around_the_vertices(tmp_path, layout):
     check(read_ply(path), values)
 
 
+@pytest.mark.parametrize("layout", ["ascii", "binary_little_endian", "binary_big_endian"])
+@pytest.mark.parametrize("kind", sorted(CODES))
+def test_every_type_by_both_names(tmp_path, layout, kind):
+    values = values_of([*REQUIRED, "stranger"]) | {"x": np.array([1, 2, 3, 100])}
+    values["stranger"] = values["x"]
+    path = by_hand(
+        tmp_path / "g.ply",
+        values,
+        dict.fromkeys(REQUIRED, "float") | {"x": kind, "stranger": kind},
+        layout,
+    )
+    check(read_ply(path), values)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_remarks_anywhere_in_the_header(tmp_path, newline):
+    path = by_hand(tmp_path / "g.ply", values_of(REQUIRED), newline=newline)
+    header, end, rows = path.read_bytes().partition(b"end_header")
+    lines = header.decode().split(newline)
+    lines[1:1] = ["comment", "obj_info made by hand", ""]  # before the format, too
+    lines[6:6] = ["  comment  property float x", "obj_info", 'comment l2m_viz {"backbone": "dino"}']
+    path.write_bytes(newline.join(lines).encode() + end + rows)
+    check(read_ply(path), values_of(REQUIRED))
+    assert read_ply(path).backbone == "dino"
+
+
 def test_plyfile_writes_what_we_read(tmp_path):
     write_ply(full(), tmp_path / "g.ply")
     ply = PlyData.read(tmp_path / "g.ply")
@@ -277,9 +319,10 @@ def test_plyfile_writes_what_we_read(tmp_path):
             assert torch.equal(getattr(read, name), getattr(expected, name)), name
 
 
-def test_f_dc_survives_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("num_rest", [0, 45])
+def test_f_dc_survives_bit_for_bit(tmp_path, num_rest):
     n = 5000
-    values = values_of([*REQUIRED, *(f"f_rest_{i}" for i in range(45))], n)
+    values = values_of([*REQUIRED, *(f"f_rest_{i}" for i in range(num_rest))], n)
     values |= {f"f_dc_{i}": 3 * values[f"f_dc_{i}"] for i in range(3)}  # colours far outside [0, 1], too
     read = read_ply(by_hand(tmp_path / "in.ply", values))
     write_ply(read, tmp_path / "out.ply")
@@ -299,6 +342,41 @@ def test_a_new_colour_is_written_not_the_old_coefficients(tmp_path):
     torch.testing.assert_close(again.colors[2], colors[2], atol=1e-7, rtol=0)
     others = torch.tensor([0, 1, 3])
     assert torch.equal(again.sh_dc[others], read.sh_dc[others])
+
+
+def test_a_negative_colour_is_black_where_no_harmonic_could_raise_it(tmp_path):
+    """Inria's renderer draws max(0, 0.5 + Y_00 f_dc)."""
+    values = values_of([*REQUIRED, *(f"f_rest_{i}" for i in range(9))])
+    values |= {
+        "f_dc_0": np.array([-4.0, -1.0, 0.0, 9.0]),
+        "f_dc_1": np.zeros(4),
+        "f_dc_2": np.zeros(4) - 2.5,
+    }
+    expected = [0.5 - 4 * 0.282094792, 0.5 - 0.282094792, 0.5, 0.5 + 9 * 0.282094792]
+    lit = read_ply(by_hand(tmp_path / "sh.ply", values))
+    np.testing.assert_allclose(lit.colors[:, 0], expected, atol=3e-7)
+    read = read_ply(by_hand(tmp_path / "in.ply", {name: values[name] for name in REQUIRED}))
+    np.testing.assert_allclose(read.colors[:, 0], [0.0, *expected[1:]], atol=3e-7)
+    assert read.colors[:, 2].tolist() == [0.0] * 4
+
+    colors = read.colors.clone()
+    colors[1] = torch.tensor([0.25, 0.5, 0.0])
+    for gaussians in (replace(read, colors=colors), replace(lit, sh_rest=None)):
+        write_ply(gaussians, tmp_path / "out.ply")
+        written = PlyData.read(tmp_path / "out.ply")["vertex"]
+        same = (gaussians.colors == read.colors).all(dim=1) | (gaussians.colors == lit.colors).all(dim=1)
+        for name in ("f_dc_0", "f_dc_1", "f_dc_2"):
+            assert written[name][same].tobytes() == values[name][same].astype("<f4").tobytes()
+        torch.testing.assert_close(read_ply(tmp_path / "out.ply").colors, gaussians.colors.clamp(min=0))
+
+
+def test_black_in_place_of_a_negative_colour_under_harmonics_is_a_new_colour(tmp_path):
+    values = values_of([*REQUIRED, *(f"f_rest_{i}" for i in range(9))]) | {"f_dc_0": np.full(4, -4.0)}
+    read = read_ply(by_hand(tmp_path / "in.ply", values))
+    write_ply(replace(read, colors=read.colors.clamp(min=0)), tmp_path / "out.ply")
+    torch.testing.assert_close(
+        read_ply(tmp_path / "out.ply").colors, read.colors.clamp(min=0), atol=1e-6, rtol=0
+    )
 
 
 # --- errors
@@ -329,6 +407,22 @@ def test_no_such_file(tmp_path):
         (b"ply\nformat binary_middle_endian 1.0\nend_header\n", "expected a PLY header"),
         (b"ply\nformat ascii 1.0\nproperty float x\nend_header\n", "expected a PLY header"),
         (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty real x\nend_header\n", "expected a PLY header"),
+        (
+            b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float\nend_header\n",
+            "the line 'property float'",
+        ),
+        (
+            b"ply\nformat ascii 1.0\nelement a 1\nproperty list uchar x\nend_header\n",
+            "the line 'property list",
+        ),
+        (
+            b"ply\nformat ascii 1.0\nelement a 1\nproperty list uchar real x\nend_header\n",
+            "the line 'property l",
+        ),
+        (b"ply\nformat ascii 1.0\nformat ascii 1.0\nend_header\n", "the line 'format ascii 1.0'"),
+        (b"ply\nelement vertex 1\nproperty float x\nend_header\n", "without a line like 'format ascii 1.0'"),
+        (b"ply\nformat ascii 1.0\nelement a 1\nelement a 2\nend_header\n", "two elements with same name 'a'"),
+        (b"ply\nformat ascii 1.0\nvertices 3\nend_header\n", "the line 'vertices 3'"),
         (b"ply\nformat ascii 1.0\nelement face 3\nproperty float x\nend_header\n", "vertices, got 3 face"),
         (b"ply\nformat ascii 1.0\nelement vertex -3\nend_header\n", "element vertex -3"),
         (b"ply\nformat ascii 1.0\nelement vertex\nend_header\n", "got 'element vertex'"),
