@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from l2m_viz.data import load_sample, resize_image
-from l2m_viz.gaussians import Gaussians, gaussians_from_depth, rasterize
+from l2m_viz.gaussians import FeatureView, Gaussians, gaussians_from_depth, lift_features, rasterize
 from l2m_viz.geometry import Camera, intrinsics
 from l2m_viz.lifting import Depth, lift
 
@@ -21,7 +21,8 @@ def _scene(side: int, num_features: int) -> tuple[Gaussians, Camera]:
     return gaussians_from_depth(image, depth, K, features), Camera(K, pose, side, side)
 
 
-@pytest.mark.parametrize(("side", "num_features"), [(512, 32), (512, 0), (256, 0)])
+# The last two have one and four million Gaussians: the cost is linear in their number.
+@pytest.mark.parametrize(("side", "num_features"), [(512, 32), (512, 0), (256, 0), (1024, 0), (2048, 0)])
 def bench_forward(in_units, side, num_features):
     """Projection, ordering and compositing."""
     gaussians, camera = _scene(side, num_features)
@@ -46,11 +47,29 @@ def bench_forward_and_backward(in_units):
 
     def step():
         render = rasterize(Gaussians(*leaves), camera)
-        loss = render.color.sum() + render.features.sum() + render.alpha.sum()
+        loss = render.color.sum() + render.features.sum() + render.alpha.sum() + render.depth.sum()
         return torch.autograd.grad(loss, leaves)
 
     in_units(
         "forward and backward 512^2, 32 features", step, moved=moved, flops=3 * 2 * n * 9 * (channels + 1)
+    )
+
+
+def bench_closed_form_lifting(in_units):
+    """A map of 64 channels onto 262,144 Gaussians from each of 8 views."""
+    gaussians, camera = _scene(512, 0)
+    cells = torch.randn(128, 128, 64, generator=torch.Generator().manual_seed(0))
+    views = []
+    for x in torch.linspace(-0.1, 0.1, 8):
+        pose = torch.eye(4)
+        pose[0, 3] = 2.5 * x
+        views.append(FeatureView(Camera(camera.K, pose, 512, 512), cells))
+    n, pixels = len(gaussians), 512 * 512
+    in_units(
+        "closed-form lifting, 8 views of 64 channels",
+        lambda: lift_features(gaussians, views),
+        moved=4 * (8 * (n * (14 + 64) + pixels) + 2 * n * 64),
+        flops=8 * 2 * n * 9 * 65,
     )
 
 
