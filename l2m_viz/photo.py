@@ -1,6 +1,6 @@
 """What the demo, the lift command and the viewer start from: a photo lifted with its depth, and a second view of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -96,11 +96,17 @@ def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:
 def feature_gaussians(
     image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"]
 ) -> tuple[Gaussians, FeaturePCA]:
-    """One Gaussian a pixel that carries the principal components of a dense descriptor, and the PCA basis."""
-    descriptors = load_encoder("dense-sift")(image)
+    """One Gaussian a pixel that carries the principal components of a dense descriptor, and the PCA basis.
+
+    The Gaussians name the encoder (``backbone``) and hold the same basis (``pca``), so that their file says what the
+    features are.
+    """
+    encoder = load_encoder("dense-sift")
+    descriptors = encoder(image)
     pca = FeaturePCA.fit(descriptors, NUM_FEATURES)
     features = sample_image(pca.project(descriptors), normalized_grid((image.shape[0], image.shape[1])))
-    return gaussians_from_depth(image, depth, K, features), pca
+    gaussians = gaussians_from_depth(image, depth, K, features)
+    return replace(gaussians, backbone=encoder.name, pca=pca), pca
 
 
 def _depth_of_photo(cfg: PhotoCfg, photo: Float[Tensor, "h w 3"], hw: HW) -> Depth:

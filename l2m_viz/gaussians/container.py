@@ -33,7 +33,7 @@ class Gaussians(Saved):
         quats: Rotations (w, x, y, z), not necessarily of unit length.
         log_scales: Logarithms of the standard deviations along the rotated axes.
         logit_opacities: Logits of the opacities.
-        colors: RGB in [0, 1], the view-independent colour; read from spherical harmonics it may lie outside.
+        colors: RGB in [0, 1], the view-independent colour; from a file it may exceed 1, with ``sh_rest`` lie below 0.
         features: Learned or lifted descriptors, or None.
         sh_rest: Spherical-harmonic coefficients of degree 1 and more, K = 3, 8, 15 or 24 of them, or None.
         sh_dc: Coefficients of degree 0 as a file had them, or None. They are `colors` in other words

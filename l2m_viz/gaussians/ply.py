@@ -18,10 +18,10 @@ readers have stopped. The comment has the number and the SHA-256 of these bytes.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from numpy.lib.recfunctions import structured_to_unstructured
-from plyfile import PlyData, PlyElement, PlyListProperty
 from torch import Tensor
 
 from l2m_viz.data.files import atomic_write
@@ -42,14 +41,23 @@ from l2m_viz.gaussians.container import NUM_SH_REST, SH_C0, Gaussians, colors_fr
 _MARK = "l2m_viz "  # our comment line begins with it; JSON follows
 _MAX_TEXT = 300  # bytes of JSON: with 384 features, this still leaves the header under the 10 KB of gsplat.js
 _MAX_HEADER = 1 << 20  # bytes in which a header must end: room for some 40,000 properties
+_TYPES = {  # of PLY, by their old and their new names, as numpy writes them
+    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
+    **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"},
+    **{"float": "f4", "double": "f8", "float32": "f4", "float64": "f8"},
+}
+# Layouts, with numpy's sign of their byte order.
+_BYTE_ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+_LIST = "list"  # in place of numpy's type
 
 
 def write_ply(gaussians: Gaussians, path: str | Path) -> None:
     """Write Gaussians to a PLY file that splat viewers open, atomically.
 
     Everything comes back from `read_ply` bit for bit, but for ``colors`` that no ``sh_dc`` stands for: these go through
-    f_dc and come back within 1e-7. Viewers that read 10 KB of header (gsplat.js, in Gradio) take 384 features without
-    ``sh_rest`` and about 340 with degree 3; a file with more is as good, but they cannot open it.
+    f_dc and come back within 1e-7, or as 0 if they are negative without ``sh_rest``. Viewers that read 10 KB of header
+    (gsplat.js, in Gradio) take 384 features without ``sh_rest`` and about 340 with degree 3; a file with more is as
+    good, but they cannot open it.
 
     Raises:
         L2MError: ``backbone`` and ``length_unit`` are too long for the header.
@@ -71,10 +79,11 @@ def write_ply(gaussians: Gaussians, path: str | Path) -> None:
     names = _property_names(columns["sh_rest"].shape[1], columns["features"].shape[1])
     arrays = [columns[field].detach().float().numpy() for field in names]
     rows = np.concatenate(arrays, axis=1, dtype="<f4")  # [n p]
-    vertices = rows.view([(name, "<f4") for name in chain(*names.values())])[:, 0]
-    ply = PlyData([PlyElement.describe(vertices, "vertex")], byte_order="<", comments=comments)
+    header = ["ply", "format binary_little_endian 1.0", *(f"comment {text}" for text in comments)]
+    header += [f"element vertex {len(rows)}", *(f"property float {name}" for name in chain(*names.values()))]
     with atomic_write(path) as file:
-        ply.write(file)
+        file.write("\n".join([*header, "end_header", ""]).encode("ascii"))
+        file.write(rows.data)
         file.write(block)
 
 
@@ -83,7 +92,8 @@ def read_ply(path: str | Path) -> Gaussians:
 
     Properties may come in any order and of any type (all become float32), binary or ASCII; ``feat_*`` and ``f_rest_*``
     may be absent, unknown properties and elements are ignored. ``sh_dc`` is f_dc as it is in the file, ``colors`` the
-    RGB that it stands for, and quaternions keep their length.
+    RGB that it stands for, and quaternions keep their length. Negative RGB is drawn as 0 (Kerbl et al. 2023): without
+    ``sh_rest``, which could still raise it, it is read as 0.
 
     Raises:
         FileFormatError: the file is absent, truncated or no PLY, has other vertices than Gaussians, has values that no
@@ -103,6 +113,7 @@ def read_ply(path: str | Path) -> Gaussians:
     ends = np.cumsum([len(group) for group in names.values()])
     parts = zip(names, np.split(rows, ends[:-1], axis=1), strict=True)
     values = {field: torch.from_numpy(np.ascontiguousarray(part)) for field, part in parts}
+    colors = colors_from_sh_dc(values["sh_dc"])
     by_channel = values["sh_rest"].unflatten(1, (3, -1))  # [n 3 k]
     try:
         return Gaussians(
@@ -110,7 +121,7 @@ def read_ply(path: str | Path) -> Gaussians:
             quats=values["quats"],
             log_scales=values["log_scales"],
             logit_opacities=values["logit_opacities"][:, 0],
-            colors=colors_from_sh_dc(values["sh_dc"]),
+            colors=colors if names["sh_rest"] else colors.clamp(min=0),
             features=values["features"] if names["features"] else None,
             sh_rest=by_channel.transpose(1, 2).contiguous() if names["sh_rest"] else None,
             sh_dc=values["sh_dc"],
@@ -144,8 +155,11 @@ def _sh_dc(gaussians: Gaussians) -> Float[Tensor, "n 3"]:
     derived = ((gaussians.colors.double() - 0.5) / SH_C0).to(gaussians.colors.dtype)
     if gaussians.sh_dc is None:
         return derived
-    unchanged = (colors_from_sh_dc(gaussians.sh_dc) == gaussians.colors).all(dim=1, keepdim=True)
-    return torch.where(unchanged, gaussians.sh_dc, derived)
+    exact = colors_from_sh_dc(gaussians.sh_dc)
+    unchanged = exact == gaussians.colors
+    if gaussians.sh_rest is None:  # as read_ply clamps them
+        unchanged |= exact.clamp(min=0) == gaussians.colors
+    return torch.where(unchanged.all(dim=1, keepdim=True), gaussians.sh_dc, derived)
 
 
 def _encode_metadata(gaussians: Gaussians) -> tuple[list[str], bytes]:
@@ -162,24 +176,38 @@ def _encode_metadata(gaussians: Gaussians) -> tuple[list[str], bytes]:
 
 
 @dataclass(frozen=True)
+class _Element:
+    """A table of a PLY file: how many rows, and its properties as (name, numpy's type or `_LIST`)."""
+
+    name: str
+    count: int
+    properties: list[tuple[str, str]]
+
+    @property
+    def lists(self) -> list[str]:
+        """Names of the properties without a fixed size."""
+        return [name for name, kind in self.properties if kind == _LIST]
+
+    def dtype(self, byte_order: str) -> np.dtype:
+        """Of a binary row without lists."""
+        return np.dtype([(name, byte_order + kind) for name, kind in self.properties])
+
+
+@dataclass(frozen=True)
 class _Header:
     """What a PLY file promises.
 
     Attributes:
-        before: Elements before the vertices, with their numbers of rows.
-        vertex: The vertices' properties.
-        num_vertices: How many there should be.
-        text: The rows are ASCII.
-        byte_order: Of binary rows.
+        layout: "ascii", "binary_little_endian" or "binary_big_endian".
+        before: Elements before the vertices.
+        vertex: The vertices.
         comments: Without the word "comment".
         num_bytes: Length of the header.
     """
 
-    before: list[tuple[PlyElement, int]]
-    vertex: PlyElement
-    num_vertices: int
-    text: bool
-    byte_order: str
+    layout: str
+    before: list[_Element]
+    vertex: _Element
     comments: list[str]
     num_bytes: int
 
@@ -198,53 +226,58 @@ def _read_header(file: IO[bytes], path: Path) -> _Header:
             path, "the line end_header", f"none in the first {len(start)} bytes", "the file is truncated"
         )
     # PLY is ASCII; what some write into comments is not.
-    lines = start[:length].decode("ascii", "replace").split(newline.decode())
-    counts, lines = _without_rows(lines, path)
-    try:
-        text = "\n".join([*lines, "end_header", ""]).encode("ascii", "replace")
-        ply = PlyData.read(io.BytesIO(text))
-    except Exception as error:  # plyfile raises its own errors and whatever Python raises below it
-        raise _refusal(path, "a PLY header", f"{type(error).__name__}: {error}") from error
-    names = [element.name for element in ply.elements]
-    if "vertex" not in names or not counts[names.index("vertex")]:
-        got = (
-            f"{', '.join(f'{count} {name}' for name, count in zip(names, counts, strict=True)) or 'nothing'}"
-        )
+    lines = start[:length].decode("ascii", "replace").split(newline.decode())[1:]
+    layout, elements, comments = _parse_header(lines, path)
+    at = next((i for i, element in enumerate(elements) if element.name == "vertex"), None)
+    if at is None or not elements[at].count:
+        got = ", ".join(f"{element.count} {element.name}" for element in elements) or "nothing"
         raise _refusal(path, "vertices", got)
-    at = names.index("vertex")
-    return _Header(
-        before=[*zip(ply.elements[:at], counts[:at], strict=True)],
-        vertex=ply.elements[at],
-        num_vertices=counts[at],
-        text=ply.text,
-        byte_order=ply.byte_order,
-        comments=[*ply.comments, *chain(*(element.comments for element in ply.elements))],
-        num_bytes=length + len(last_line),
-    )
+    return _Header(layout, elements[:at], elements[at], comments, length + len(last_line))
 
 
-def _without_rows(lines: list[str], path: Path) -> tuple[list[int], list[str]]:
-    """The numbers of rows that a header promises, and the header as if it promised none."""
-    counts, changed = [], []
+def _parse_header(lines: list[str], path: Path) -> tuple[str, list[_Element], list[str]]:
+    """Layout, elements and comments of a header without its first and last line."""
+    layout, comments = "", []
+    elements: list[_Element] = []
     for line in lines:
-        words = line.split()
-        if words[:1] == ["element"]:
-            if len(words) != 3 or not re.fullmatch(r"\d{1,18}", words[2], re.ASCII):
+        match line.split():
+            case [] | ["obj_info", *_]:
+                pass
+            case ["comment", *_]:
+                comments.append(line.strip().removeprefix("comment").strip())
+            case ["format", name, "1.0"] if name in _BYTE_ORDERS and not layout:
+                layout = name
+            case ["element", name, count] if re.fullmatch(r"\d{1,18}", count, re.ASCII):
+                elements.append(_Element(name, int(count), []))
+            case ["element", *_]:
                 raise _refusal(path, "lines like 'element vertex 1000'", repr(line[:80]))
-            counts.append(int(words[2]))
-            changed.append(f"element {words[1]} 0")
-        else:
-            changed.append(line)
-    return counts, changed
+            case ["property", kind, name] if elements and kind in _TYPES:
+                elements[-1].properties.append((name, _TYPES[kind]))
+            case ["property", "list", size, kind, name] if elements and {size, kind} <= _TYPES.keys():
+                elements[-1].properties.append((name, _LIST))
+            case _:
+                raise _refusal(path, "a PLY header", f"the line {line[:80]!r}")
+    if not layout:
+        raise _refusal(path, "a PLY header", "one without a line like 'format ascii 1.0'")
+    _require_distinct(elements, path)
+    return layout, elements, comments
 
 
-def _find_names(vertex: PlyElement, path: Path) -> dict[str, list[str]]:
+def _require_distinct(elements: list[_Element], path: Path) -> None:
+    tables = [("elements", [element.name for element in elements])]
+    tables += [("properties", [name for name, _ in element.properties]) for element in elements]
+    for what, names in tables:
+        for name, times in Counter(names).most_common(1):
+            if times > 1:
+                raise _refusal(path, "a PLY header", f"two {what} with same name {name[:80]!r}")
+
+
+def _find_names(vertex: _Element, path: Path) -> dict[str, list[str]]:
     """Names of the properties of each field that a file has; it may lack normals, f_rest and features."""
-    properties = [each.name for each in vertex.properties]
+    properties = [name for name, _ in vertex.properties]
     present = set(properties)
-    lists = [each.name for each in vertex.properties if isinstance(each, PlyListProperty)]
-    if lists:
-        raise _refusal(path, "one number a property", f"lists in {', '.join(lists)}")
+    if vertex.lists:
+        raise _refusal(path, "one number a property", f"lists in {', '.join(vertex.lists)}")
     num_rest = sum(re.fullmatch(r"f_rest_\d+", name) is not None for name in properties)
     num_features = sum(re.fullmatch(r"feat_\d+", name) is not None for name in properties)
     if num_rest not in {0, *(3 * k for k in NUM_SH_REST)}:
@@ -268,7 +301,7 @@ def _read_rows(file: IO[bytes], header: _Header, names: list[str], path: Path) -
     num_bytes = os.fstat(file.fileno()).st_size
     file.seek(header.num_bytes)
     with np.errstate(over="ignore"):  # too much for float32 becomes infinite, which Gaussians refuse
-        if header.text:
+        if header.layout == "ascii":
             return _read_ascii(file, header, names, num_bytes, path)
         return _read_binary(file, header, names, num_bytes, path)
 
@@ -276,29 +309,30 @@ def _read_rows(file: IO[bytes], header: _Header, names: list[str], path: Path) -
 def _read_binary(
     file: IO[bytes], header: _Header, names: list[str], num_bytes: int, path: Path
 ) -> Float32[np.ndarray, "n p"]:
-    if any(isinstance(each, PlyListProperty) for element, _ in header.before for each in element.properties):
+    if any(element.lists for element in header.before):
         raise _refusal(path, "vertices first, or after elements of fixed size", "lists before the vertices")
-    skipped = sum(count * element.dtype(header.byte_order).itemsize for element, count in header.before)
-    dtype = header.vertex.dtype(header.byte_order)
-    promised, there = header.num_vertices * dtype.itemsize, num_bytes - header.num_bytes - skipped
+    order = _BYTE_ORDERS[header.layout]
+    skipped = sum(element.count * element.dtype(order).itemsize for element in header.before)
+    dtype = header.vertex.dtype(order)
+    promised, there = header.vertex.count * dtype.itemsize, num_bytes - header.num_bytes - skipped
     if promised > there:
         raise _truncated(path, header, f"{max(there, 0)} bytes instead of {promised}")
     file.seek(skipped, os.SEEK_CUR)
-    rows = np.fromfile(file, dtype, header.num_vertices)
+    rows = np.fromfile(file, dtype, header.vertex.count)
     return structured_to_unstructured(rows[names], dtype=np.float32)
 
 
 def _read_ascii(
     file: IO[bytes], header: _Header, names: list[str], num_bytes: int, path: Path
 ) -> Float32[np.ndarray, "n p"]:
-    properties = [each.name for each in header.vertex.properties]
+    properties = [name for name, _ in header.vertex.properties]
     # Each number takes a digit and a space or newline; the last newline may be absent.
-    shortest, there = 2 * header.num_vertices * len(properties) - 1, num_bytes - header.num_bytes
+    shortest, there = 2 * header.vertex.count * len(properties) - 1, num_bytes - header.num_bytes
     if shortest > there:
         raise _truncated(path, header, f"{there} bytes instead of at least {shortest}")
-    skipped = sum(count for _, count in header.before)
-    lines = [*islice(filter(bytes.strip, file), skipped, skipped + header.num_vertices)]
-    if len(lines) != header.num_vertices:
+    skipped = sum(element.count for element in header.before)
+    lines = [*islice(filter(bytes.strip, file), skipped, skipped + header.vertex.count)]
+    if len(lines) != header.vertex.count:
         raise _truncated(path, header, f"{len(lines)} lines")
     try:
         rows = np.loadtxt(lines, np.float32, comments=None, ndmin=2)
@@ -341,4 +375,4 @@ def _refusal(path: Path, expected: str, got: str, todo: str = "") -> FileFormatE
 
 def _truncated(path: Path, header: _Header, got: str) -> FileFormatError:
     todo = "the file is truncated, or its header damaged; get it again"
-    return _refusal(path, f"{header.num_vertices} vertices as its header says", got, todo)
+    return _refusal(path, f"{header.vertex.count} vertices as its header says", got, todo)
