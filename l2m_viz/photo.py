@@ -59,7 +59,7 @@ class LiftedPhoto:
     @property
     def length_unit(self) -> str:
         """Unit of depth, for labels."""
-        return "m" if self.depth.kind == "metric" else "relative"
+        return self.depth.length_unit
 
 
 def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:

@@ -87,7 +87,7 @@ def gaussians_from_depth(
         colors=image[valid],
         features=None if features is None else features[valid].contiguous(),
     )
-    return replace(gaussians, length_unit="m" if depth.kind == "metric" else "relative")
+    return replace(gaussians, length_unit=depth.length_unit)
 
 
 def _beside_jump(z: Float[Tensor, "h w"], valid: Bool[Tensor, "h w"], ratio: float) -> Bool[Tensor, "h w"]:

@@ -77,6 +77,11 @@ class Depth(Saved):
         height, width = self.depth.shape
         return height, width
 
+    @property
+    def length_unit(self) -> str:
+        """What one unit of depth is: "m" or "relative"."""
+        return "m" if self.kind == "metric" else "relative"
+
     def resized(self, hw: HW) -> "Depth":
         """Take the nearest pixel at another size: an average across a depth edge would lie on no surface."""
         rows = ((torch.arange(hw[0]) + 0.5) * self.hw[0] / hw[0]).long()
