@@ -13,18 +13,36 @@ from dataclasses import dataclass
 
 import tyro
 import viser
+from torch import Tensor
 
-from l2m_viz.data import to_uint8
+from l2m_viz.data import read_image, to_uint8
 from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError
-from l2m_viz.gaussians import Gaussians
+from l2m_viz.gaussians import Gaussians, Picked, feature_similarity, pick
 from l2m_viz.geometry import Camera
 from l2m_viz.lifting import NEAR
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import scene as scenes
-from l2m_viz.show.scene import ColorMode, NovelView, Pictures, ViewerCamera, ViewerUnits
+from l2m_viz.show.figures import compositing_table, to_png
+from l2m_viz.show.scene import ColorMode, NovelView, Pictures
+from l2m_viz.show.viewer_camera import (
+    ViewerCamera,
+    ViewerUnits,
+    camera_from_viewer,
+    point_of_ray,
+    standpoint,
+)
 
-_MODES: dict[str, ColorMode] = {"RGB": "rgb", "features (PCA)": "features", "depth": "depth"}
+_MODES: dict[str, ColorMode] = {
+    "RGB": "rgb",
+    "features (PCA)": "features",
+    "depth": "depth",
+    "similarity": "similarity",
+}
+_NOTHING_PICKED = "Click on the scene: which Gaussians make that pixel, and what else looks like it?"
+_EMPTY_CLICK = "Nothing there: no Gaussian reaches that pixel. What was picked before stays."
+_TABLE_INCHES = (4.0, 2.1)
+_MARK_SIZE = 0.01  # radius of the ball on the picked Gaussian, over its distance
 _DRAFT_PX, _FULL_PX = 320, 640  # long side of our render while the camera moves, and when it stands
 _STILL_S = 0.3  # a camera that has not moved for this long stands
 
@@ -121,12 +139,14 @@ class Visitor:
             client, shown.gaussians, pictures=shown.pictures, max_gaussians=max_splats
         )
         self._complaint = ""
+        self._similarity: Tensor | None = None  # of each Gaussian to what was picked last
         self._turn = threading.Lock()  # viser calls from many threads: the last value must win
         self._painter = Painter(self._paint, self._complain)
         self._add_display_controls()
+        self._add_pick_panel()
         self._add_render_panel()
         for name, picture in self.scene.pictures.items():
-            picture.on_click(lambda _, name=name: self.go_to(name))
+            picture.on_click(lambda _, name=name: self._click_picture(name))
         client.camera.on_update(lambda _: self._painter.ask())
         self._painter.start()
         self._painter.ask()
@@ -139,7 +159,7 @@ class Visitor:
         """Put this visitor's camera where camera ``name`` is."""
         camera = self.client.camera
         there = self.shown.pictures[name][0]
-        stand = scenes.standpoint(there, self.shown.gaussians, self.scene.units, camera.aspect)
+        stand = standpoint(there, self.shown.gaussians, self.scene.units, camera.aspect)
         with self.client.atomic():
             camera.up_direction = stand.up
             camera.position = stand.position
@@ -154,10 +174,20 @@ class Visitor:
         hint = "Times the true size; display only"
         self._size = gui.add_slider("Splat size", 1.0, 4.0, 0.2, scenes.DISPLAY_SIZE, hint=hint)
         self._size.on_update(lambda _: self._resize())
-        frusta = gui.add_checkbox("Cameras", True, hint="Click a camera's picture to stand there")
+        frusta = gui.add_checkbox("Cameras", True, hint="With picking off, click a picture to stand there")
         frusta.on_update(lambda _: self.scene.show_frusta(frusta.value))
         buttons = gui.add_button_group("Go to camera", tuple(self.shown.pictures))
         buttons.on_click(lambda _: self.go_to(buttons.value))
+
+    def _add_pick_panel(self) -> None:
+        gui = self.client.gui
+        with gui.add_folder("Inside one pixel"):
+            # A camera's picture is in the way of most clicks of a visitor who stands there, unseen: it is not for both.
+            hint = "A drag turns the scene as ever; camera pictures do not react"
+            self._picking = gui.add_checkbox("Pick with a click", True, hint=hint)
+            self._pick_text = gui.add_markdown(_NOTHING_PICKED)
+            self._table = gui.add_image(to_uint8(scenes.hatch(3, 4)), format="png", visible=False)
+        self.client.scene.on_click()(self._pick)
 
     def _add_render_panel(self) -> None:
         gui = self.client.gui
@@ -168,11 +198,52 @@ class Visitor:
             self._large = gui.add_checkbox("In main view", False, hint="In place of the splats")
             self._large.on_update(lambda _: self._switch_view())
 
+    def _click_picture(self, name: str) -> None:
+        if not self._picking.value:
+            self.go_to(name)
+
+    def _pick(self, event: viser.SceneClickEvent) -> None:
+        """Take apart the clicked pixel of our rasterizer's picture, and show what else has its feature."""
+        if not self._picking.value:
+            return
+        shown, gaussians = self.shown, self.shown.gaussians
+        with self._turn:
+            seen = ViewerCamera.of(self.client.camera)
+            camera = camera_from_viewer(seen, self.scene.units, _FULL_PX)
+            picked = pick(gaussians, camera, point_of_ray(camera, event.ray_direction), near=shown.near)
+            if picked.strongest is None or picked.feature is None:
+                self._pick_text.content = _EMPTY_CLICK
+                return
+            self._similarity = feature_similarity(gaussians, picked.feature)
+            place = gaussians.means[picked.strongest]
+            to_eye = camera.center - place
+            self.scene.mark(
+                place + _MARK_SIZE * to_eye, _MARK_SIZE * to_eye.norm().item()
+            )  # rests on the surface
+            unit = shown.length_unit
+            table = compositing_table(
+                picked.weights, picked.depths, picked.colors, unit=unit.strip("()"), size=_TABLE_INCHES
+            )
+            self._table.image = to_uint8(read_image(to_png(table)))
+            self._table.visible = True
+            self._pick_text.content = _describe_pick(picked, unit)
+        if _MODES[self._colors.value] == "similarity":
+            self._recolor()
+        else:
+            self._colors.value = "similarity"  # which calls _recolor
+
+    def _mode(self) -> ColorMode:
+        """What colours mean now: before anything is picked, "similarity" means nothing."""
+        mode = _MODES[self._colors.value]
+        return "rgb" if mode == "similarity" and self._similarity is None else mode
+
     def _recolor(self) -> None:
         shown = self.shown
         with self._turn:
-            mode = _MODES[self._colors.value]
-            self.scene.set_colors(scenes.gaussian_colors(shown.gaussians, mode, shown.pca, shown.camera))
+            colors = scenes.gaussian_colors(
+                shown.gaussians, self._mode(), shown.pca, shown.camera, self._similarity
+            )
+            self.scene.set_colors(colors)
         self._painter.ask()
 
     def _resize(self) -> None:
@@ -190,10 +261,13 @@ class Visitor:
     def _paint(self, long_side: int) -> None:
         eye, units = self.client.camera, self.scene.units
         seen = ViewerCamera.of(eye)
-        self.scene.see_from(scenes.camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
-        camera = scenes.camera_from_viewer(seen, units, long_side)
-        mode, start = _MODES[self._colors.value], time.perf_counter()
-        view = scenes.novel_view(self.shown.gaussians, camera, mode, self.shown.pca, self.shown.near)
+        self.scene.see_from(camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
+        camera = camera_from_viewer(seen, units, long_side)
+        mode, similarity = self._mode(), self._similarity
+        start = time.perf_counter()
+        view = scenes.novel_view(
+            self.shown.gaussians, camera, mode, self.shown.pca, self.shown.near, similarity
+        )
         milliseconds = 1000 * (time.perf_counter() - start)
         image = to_uint8(view.image)
         self._picture.image = image
@@ -218,7 +292,19 @@ def _describe(view: NovelView, camera: Camera, milliseconds: float, mode: ColorM
         near, far = view.depth_limits
         ends = f"{near:.2f} {length_unit} (red) to {far:.2f} {length_unit} (blue)"
         text += f"\n\ndepth {ends}, from this camera"
+    if mode == "similarity":
+        text += "\n\ncosine to the picked feature: 1 red, 0 light grey, −1 blue"
     return text
+
+
+def _describe_pick(picked: Picked, length_unit: str) -> str:
+    strongest = picked.weights.argmax()
+    number, share = f"{picked.strongest:,}", f"{picked.weights[strongest]:.0%}"
+    count = "One Gaussian makes" if len(picked) == 1 else f"{len(picked)} Gaussians make"
+    return (
+        f"{count} this pixel: depth {picked.depth:.2f} {length_unit}, alpha {picked.alpha:.3f}. "
+        f"The strongest, no. {number}, gives {share} from {picked.depths[strongest]:.2f} {length_unit}."
+    )
 
 
 def serve(cfg: ViewerCfg, shown: Shown) -> None:

@@ -16,8 +16,8 @@ import numba
 
 # numba's cache of compiled kernels looks at the date of each kernel's own file only, yet constants and functions of
 # other files are frozen into it: a folder for each state of all of them keeps an upgrade from running old code.
-_GAUSSIANS, _LIFTING = (Path(__file__).parent / name for name in ("gaussians", "lifting"))
-_SOURCES = (*sorted(_GAUSSIANS.glob("_*.py")), _GAUSSIANS / "reference.py", *sorted(_LIFTING.glob("_*.py")))
+_HERE = Path(__file__).parent
+_SOURCES = (_HERE / "_simd.py", *sorted(_HERE.glob("*/_[a-z]*.py")), _HERE / "gaussians" / "reference.py")
 _STATE = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
 _CACHE = Path(__file__).parent / "__pycache__"
 if os.access(_CACHE if _CACHE.exists() else _CACHE.parent, os.W_OK) and not os.environ.get("NUMBA_CACHE_DIR"):

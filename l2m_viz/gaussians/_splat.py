@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 import l2m_viz.parallel  # noqa: F401 (says where compiled kernels are cached)
-from l2m_viz.gaussians._simd import (
+from l2m_viz._simd import (
     LANES,
     exp2,
     floor,

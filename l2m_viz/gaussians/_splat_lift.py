@@ -10,7 +10,7 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-from l2m_viz.gaussians._simd import (
+from l2m_viz._simd import (
     LANES,
     greater,
     highest_bit,

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from l2m_viz._simd import LANES
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians import _splat, _splat_grad, _splat_lift
-from l2m_viz.gaussians._simd import LANES
 from l2m_viz.gaussians.container import Gaussians
 from l2m_viz.gaussians.reference import Layers
 from l2m_viz.geometry import HW, Camera

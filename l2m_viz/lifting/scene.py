@@ -5,6 +5,7 @@ photo says nothing about what lies between. World coordinates are those of the p
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from l2m_viz.data.files import Saved
 from l2m_viz.data.images import require_image
 from l2m_viz.errors import ShapeError
-from l2m_viz.geometry import HW, Camera, unproject_depth
+from l2m_viz.geometry import HW, Camera
 from l2m_viz.lifting import _zbuffer
 from l2m_viz.lifting.depth import Depth, as_depth
 from l2m_viz.parallel import num_threads, run_kernel
@@ -67,7 +68,7 @@ class LiftedScene(Saved):
         """Size (H, W) of the photo in pixels."""
         return self.depth.shape[0], self.depth.shape[1]
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """The scene's own length: the 2nd percentile of its valid depth. Camera moves are multiples of it."""
         return float(np.percentile(self.depth[self.valid_mask].numpy(), 2))
@@ -99,44 +100,28 @@ class LiftedScene(Saved):
             raise ShapeError(
                 "render_attributes", expected=f"{self.hw} + (C,)", got=str(tuple(attributes.shape))
             )
-        points = unproject_depth(self.depth, self.K).detach().numpy()
         height, width = self.hw
-        screen = np.empty((height, width, 3), np.float32)
+        screen = np.empty((3, height, width + _zbuffer.PADDING), np.float32)
         row_span = np.empty((height, 2), np.float32)
-        pose, K = camera.w2c.detach().numpy().astype(np.float32), camera.K.detach().numpy().astype(np.float32)
+        K_from, pose, K_to = (_array(value) for value in (self.K, camera.w2c, camera.K))
+        near = np.float32(NEAR * self.unit)
+        valid = self.valid_mask.numpy()
         run_kernel(
-            _zbuffer.project_vertices,
-            points,
-            self.valid_mask.numpy(),
-            pose,
-            K,
-            NEAR * self.unit,
-            screen,
-            row_span,
+            _zbuffer.project_vertices, _array(self.depth), valid, K_from, pose, K_to, near, screen, row_span
         )
         inverse_depth = np.zeros(camera.hw, np.float32)
         owner = np.full(camera.hw, -1, np.int32)
         bands = min(camera.height, _BANDS_PER_THREAD * num_threads())
-        run_kernel(
-            _zbuffer.rasterize_triangles,
-            screen,
-            row_span,
-            self.triangle_mask.numpy(),
-            bands,
-            inverse_depth,
-            owner,
-        )
-        out = np.zeros((*camera.hw, attributes.shape[2]), np.float32)
-        run_kernel(
-            _zbuffer.interpolate,
-            screen,
-            np.ascontiguousarray(attributes.detach().numpy(), np.float32),
-            owner,
-            out,
-        )
-        covered = owner >= 0
-        depth = np.divide(1.0, inverse_depth, out=np.zeros_like(inverse_depth), where=covered)
-        return torch.from_numpy(out), torch.from_numpy(depth), torch.from_numpy(covered)
+        keep = self.triangle_mask.numpy()
+        run_kernel(_zbuffer.rasterize_triangles, screen, row_span, keep, bands, inverse_depth, owner)
+        out = np.empty((*camera.hw, attributes.shape[2]), np.float32)
+        depth = np.empty(camera.hw, np.float32)
+        run_kernel(_zbuffer.interpolate, screen, _array(attributes), inverse_depth, owner, out, depth)
+        return torch.from_numpy(out), torch.from_numpy(depth), torch.from_numpy(owner >= 0)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(value.detach().numpy(), np.float32)
 
 
 def lift(

@@ -1,7 +1,7 @@
 """Numbers to colours.
 
-One colour map for each kind of map, everywhere: turbo for depth, viridis for certainty, magma for error, the HSV wheel
-for flow; grey where there is nothing to show.
+One colour map for each kind of map, everywhere: turbo for depth, viridis for certainty, magma for error, blue over
+light grey to red for similarity, the HSV wheel for flow; middle grey where there is nothing to show.
 """
 
 import math
@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Kind = Literal["depth", "certainty", "error", "flow"]
+ScalarKind = Literal["depth", "certainty", "error", "similarity"]
+Kind = Literal["depth", "certainty", "error", "similarity", "flow"]
 
-COLOR_MAPS = {"depth": "turbo_r", "certainty": "viridis", "error": "magma"}
+COLOR_MAPS = {"depth": "turbo_r", "certainty": "viridis", "error": "magma", "similarity": "coolwarm"}
+_FIXED_LIMITS = {"certainty": (0.0, 1.0), "similarity": (-1.0, 1.0)}
 NOTHING = 0.5  # grey
 
 
 def colorize(
     values: Float[Tensor, "h w"],
-    kind: Literal["depth", "certainty", "error"],
+    kind: ScalarKind,
     mask: Bool[Tensor, "h w"] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Float[Tensor, "h w 3"]:
@@ -36,12 +38,15 @@ def colorize(
 
 def value_limits(
     values: Float[Tensor, "h w"],
-    kind: Literal["depth", "certainty", "error"],
+    kind: ScalarKind,
     mask: Bool[Tensor, "h w"] | None = None,
 ) -> tuple[float, float]:
-    """Range of a colour map: [0, 1] for certainty, [0, 95th percentile] for error, 1st to 99th percentile for depth."""
-    if kind == "certainty":
-        return 0.0, 1.0
+    """Range of a colour map.
+
+    [0, 1] for certainty, [-1, 1] for similarity, [0, 95th percentile] for error, 1st to 99th percentile for depth.
+    """
+    if kind in _FIXED_LIMITS:
+        return _FIXED_LIMITS[kind]
     shown = values if mask is None else values[mask]
     if shown.numel() == 0:
         return 0.0, 1.0

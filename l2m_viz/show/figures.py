@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from l2m_viz.errors import ShapeError
+from l2m_viz.geometry import to_integer_centers
 from l2m_viz.matching import Matches
-from l2m_viz.show.colors import COLOR_MAPS, NOTHING, value_limits
+from l2m_viz.show.colors import COLOR_MAPS, NOTHING, ScalarKind, value_limits
 
+_LABELS_PER_INCH = 3.5  # under the bars of a compositing table; more would overlap
 _PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES, _MIN_INCHES = 4.2, 0.75, 0.35, 0.6
 
 
@@ -27,14 +29,16 @@ class Panel:
     """One picture of a figure: an image (H, W, 3), a bool mask (H, W), or a scalar map (H, W) with its colour bar.
 
     ``mask`` is True where there is something to show; the rest is grey. ``label`` names the value and its unit.
+    ``points`` (pixels) get a ring.
     """
 
     title: str
     values: Float[Tensor, "h w *rgb"] | Bool[Tensor, "h w"]
-    kind: Literal["image", "mask", "depth", "certainty", "error"] = "image"
+    kind: Literal["image", "mask"] | ScalarKind = "image"
     mask: Bool[Tensor, "h w"] | None = None
     label: str = ""
     limits: tuple[float, float] | None = None
+    points: Float[Tensor, "n 2"] | None = None
 
 
 def panels(*contents: Panel, columns: int = 3) -> Figure:
@@ -109,13 +113,25 @@ def matches(
     return figure
 
 
-def compositing_table(weights: Float[Tensor, " n"], depths: Float[Tensor, " n"]) -> Figure:
-    """Bars of what each Gaussian contributes to one pixel, front to back."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+def compositing_table(
+    weights: Float[Tensor, " n"],
+    depths: Float[Tensor, " n"],
+    colors: Float[Tensor, "n 3"] | None = None,
+    *,
+    unit: str = "",
+    size: tuple[float, float] = (6, 3),
+) -> Figure:
+    """Bars of what each Gaussian contributes to one pixel, front to back, in the Gaussian's colour if given.
+
+    Where there are many, only some have their depth (in ``unit``) written under them; ``size`` is in inches.
+    """
+    figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
-    axis.bar(range(len(weights)), weights.numpy(), color="tab:blue")
-    axis.set_xticks(range(len(weights)), [f"{depth:.2f}" for depth in depths.tolist()], rotation=90)
-    axis.set_xlabel("depth of the Gaussian, front to back")
+    bar_colors = "tab:blue" if colors is None else colors.clamp(0, 1).numpy()
+    axis.bar(range(len(weights)), weights.numpy(), color=bar_colors, edgecolor="black", linewidth=0.5)
+    labelled = range(0, len(weights), 1 + int(len(weights) / (_LABELS_PER_INCH * size[0])))
+    axis.set_xticks(labelled, [f"{depths[i]:.2f}" for i in labelled], rotation=90)
+    axis.set_xlabel(f"depth of the Gaussian{f' ({unit})' if unit else ''}, front to back")
     axis.set_ylabel("weight")
     return figure
 
@@ -130,6 +146,10 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
 def _draw_panel(figure: Figure, axis: Axes, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10)
     _hide_frame(axis)
+    if panel.points is not None:
+        x, y = to_integer_centers(panel.points).T.numpy()  # imshow's pixel centres
+        axis.plot(x, y, "o", markersize=9, fillstyle="none", color="white", markeredgewidth=3)
+        axis.plot(x, y, "o", markersize=9, fillstyle="none", color="black", markeredgewidth=1)
     if panel.kind == "image":
         values = panel.values.clamp(0, 1)
         shown = values if panel.mask is None else torch.where(panel.mask[..., None], values, NOTHING)

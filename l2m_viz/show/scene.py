@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -21,37 +21,34 @@ from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError, MissingError
 from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
 from l2m_viz.gaussians.reference import project_gaussians
-from l2m_viz.geometry import (
-    Camera,
-    invert_pose,
-    look_at,
-    pose_from_rotation,
-    project,
-    quat_from_rotation,
-    rotation_from_quat,
-    transform_points,
-)
+from l2m_viz.geometry import Camera, look_at, project, transform_points
 from l2m_viz.show.colors import colorize, value_limits
+from l2m_viz.show.viewer_camera import (
+    NEAREST,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    ViewerUnits,
+    percentile,
+    standpoint,
+    viewer_from_camera,
+)
 
 if TYPE_CHECKING:
     import viser
 
-ColorMode = Literal["rgb", "features", "depth"]
+ColorMode = Literal["rgb", "features", "depth", "similarity"]
 Pictures = Mapping[str, tuple[Camera, Float[Tensor, "h w 3"]]]
 """Name of a camera, the camera, and what it sees."""
 
-# viser keeps covariances as float16: below this standard deviation they lose precision, at 1e-4 they are zero.
-SIGMA_MIN, SIGMA_MAX = 0.008, 250.0
 DISPLAY_SIZE = (
     2.0  # times the true scales: closes the gaps that pixel-sized splats show at twice the photo's size
 )
-_UNIT = 4.0  # viewer units from the camera to the nearest things: keyboard steps and clipping planes fit this size
-_MARGIN = 1.03  # of the window, around the image of the camera that one stands at
 _FRUSTUM_DEPTH = 0.1  # of the distance to the nearest things
 _POINT_SIZE = 1e-6  # viewer units; the browser draws no point smaller than one pixel
 _MAX_DROPPED = 0.2  # of the splats, before points stand in for them
 _NUM_PROBES = 2000
 _FRUSTUM_COLORS = ((230, 120, 20), (40, 110, 220), (40, 160, 80), (170, 60, 170))
+_MARK_COLOR = (255, 0, 200)
 _THUMBNAIL_PX = 400
 _HATCH_PX = 6
 _HATCH_COLORS = (
@@ -60,117 +57,24 @@ _HATCH_COLORS = (
 )  # magenta and grey: hardly any photo has them in stripes
 
 
-@dataclass(frozen=True)
-class ViewerUnits:
-    """The one transform between the scene's units and the viewer's: lengths grow, axes and origin stay.
-
-    Attributes:
-        per_scene_unit: Viewer units in one unit of the scene; puts the nearest things at a handy distance.
-        storage: Further factor of the splats' own node, undone by the node's scale; keeps float16 covariances precise.
-    """
-
-    per_scene_unit: float
-    storage: float = 1.0
-
-    @classmethod
-    def fit(cls, gaussians: Gaussians, camera: Camera) -> Self:
-        """Choose both factors for what a camera sees."""
-        depth = transform_points(camera.w2c, gaussians.means)[:, 2]
-        per_scene_unit = _UNIT / _percentile(depth[depth > 0], 2) if (depth > 0).any() else 1.0
-        sigmas = gaussians.scales.sort(dim=1).values * per_scene_unit
-        # The thin axis may be rounded up (it is seen edge-on at most), the two others must not be.
-        storage = max(1.0, 1.25 * SIGMA_MIN / _percentile(sigmas[:, 1], 1))
-        return cls(per_scene_unit, min(storage, SIGMA_MAX / _percentile(sigmas[:, 2], 99.9)))
-
-
-@dataclass(frozen=True)
-class ViewerCamera:
-    """A camera in viser's words: camera-to-world pose in viewer units, principal point at the frame's centre.
-
-    Attributes:
-        wxyz: Rotation from camera to world, OpenCV axes.
-        position: Optical centre.
-        fov: Vertical field of view in radians.
-        aspect: Width over height of the frame.
-    """
-
-    wxyz: tuple[float, float, float, float]
-    position: tuple[float, float, float]
-    fov: float
-    aspect: float
-
-    @classmethod
-    def of(cls, camera: "viser.CameraHandle") -> Self:
-        """What a visitor's camera says now."""
-        w, i, j, k = map(float, camera.wxyz)
-        x, y, z = map(float, camera.position)
-        return cls((w, i, j, k), (x, y, z), float(camera.fov), float(camera.aspect))
-
-
-def viewer_from_camera(camera: Camera, units: ViewerUnits) -> ViewerCamera:
-    """Describe a camera in viser's words; a principal point off the centre is lost (see `fov_covering`)."""
-    c2w = invert_pose(camera.w2c.double())
-    w, i, j, k = quat_from_rotation(c2w[:3, :3]).tolist()
-    x, y, z = (c2w[:3, 3] * units.per_scene_unit).tolist()
-    aspect = (camera.width / camera.K[0, 0]) / (camera.height / camera.K[1, 1])
-    return ViewerCamera((w, i, j, k), (x, y, z), camera.fov_y, aspect.item())
-
-
-def camera_from_viewer(view: ViewerCamera, units: ViewerUnits, long_side: int = 640) -> Camera:
-    """Camera that sees exactly the visitor's frame, ``long_side`` px along its longer side.
-
-    Where the aspect is not a ratio of whole pixels, fx differs from fy by the rounding: the frame stays the same.
-    """
-    width = long_side if view.aspect >= 1 else max(1, round(long_side * view.aspect))
-    height = long_side if view.aspect < 1 else max(1, round(long_side / view.aspect))
-    tangent = math.tan(view.fov / 2)
-    fx, fy = width / (2 * tangent * view.aspect), height / (2 * tangent)
-    K = torch.tensor([[fx, 0.0, width / 2], [0.0, fy, height / 2], [0.0, 0.0, 1.0]])
-    center = torch.tensor(view.position, dtype=torch.float64) / units.per_scene_unit
-    c2w = pose_from_rotation(rotation_from_quat(torch.tensor(view.wxyz, dtype=torch.float64)), center)
-    return Camera(K, invert_pose(c2w).float(), width=width, height=height)
-
-
-def fov_covering(camera: Camera, aspect: float) -> float:
-    """Vertical field of view (rad) with which a centred frame of this aspect shows the camera's whole image."""
-    (fx, _, cx), (_, fy, cy), _ = camera.K.tolist()
-    tan_x, tan_y = max(cx, camera.width - cx) / fx, max(cy, camera.height - cy) / fy
-    return 2 * math.atan(max(tan_y, tan_x / aspect))
-
-
-@dataclass(frozen=True)
-class Standpoint:
-    """Where a visitor stands to look through a camera: vectors in viewer units, ``fov`` in radians."""
-
-    position: np.ndarray
-    look_at: np.ndarray
-    up: np.ndarray
-    fov: float
-
-
-def standpoint(camera: Camera, gaussians: Gaussians, units: ViewerUnits, aspect: float) -> Standpoint:
-    """Stand at a camera, see its whole image, and turn about what is in the middle of the depth it sees."""
-    c2w = camera.c2w
-    depth = transform_points(camera.w2c, gaussians.means)[:, 2]
-    distance = _percentile(depth[depth > 0], 50) if (depth > 0).any() else 1.0
-    fov = 2 * math.atan(_MARGIN * math.tan(fov_covering(camera, aspect) / 2))
-    position, target = (units.per_scene_unit * v for v in (c2w[:3, 3], c2w[:3, 3] + distance * c2w[:3, 2]))
-    return Standpoint(_float64(position), _float64(target), _float64(-c2w[:3, 1]), fov)
-
-
 def gaussian_colors(
-    gaussians: Gaussians, mode: ColorMode, pca: FeaturePCA | None = None, camera: Camera | None = None
+    gaussians: Gaussians,
+    mode: ColorMode,
+    pca: FeaturePCA | None = None,
+    camera: Camera | None = None,
+    similarity: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "n 3"]:
-    """Colour of each Gaussian: its own RGB, its features in a PCA basis, or its depth (turbo, near is red).
+    """Colour of each Gaussian: its own RGB, its features in a PCA basis, its depth (near is red), its similarity.
 
     Args:
         gaussians: What to colour.
-        mode: "rgb", "features" or "depth".
+        mode: "rgb", "features", "depth" or "similarity".
         pca: Basis of the features, which are descriptors or already coordinates in it; fitted on them if None.
         camera: Whose depth; the world's z if None.
+        similarity: To a picked feature, from `feature_similarity`: -1 is blue, 1 is red.
 
     Raises:
-        MissingError: features asked of Gaussians that have none.
+        MissingError: features asked of Gaussians that have none, or similarity where none is given.
         L2MError: an unknown mode.
     """
     if mode == "rgb":
@@ -180,8 +84,10 @@ def gaussian_colors(
             gaussians.means[:, 2] if camera is None else transform_points(camera.w2c, gaussians.means)[:, 2]
         )
         return colorize(depth[:, None], "depth")[:, 0]
+    if mode == "similarity":
+        return colorize(_given(similarity)[:, None], "similarity")[:, 0]
     if mode != "features":
-        raise L2MError("colours", expected="'rgb', 'features' or 'depth'", got=repr(mode))
+        raise L2MError("colours", expected="'rgb', 'features', 'depth' or 'similarity'", got=repr(mode))
     if gaussians.features is None:
         raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
     return _feature_colors(gaussians.features, pca)
@@ -235,7 +141,7 @@ class NovelView:
     """What this package's rasterizer sees from a camera.
 
     Attributes:
-        image: RGB for the screen: colour, feature colours or depth colours; stripes where there is a hole.
+        image: RGB for the screen: colours of the mode that was asked for; stripes where there is a hole.
         depth: z in scene units, meaningful outside the holes.
         hole_mask: True where the accumulated opacity is under `HOLE_ALPHA`.
         depth_limits: Depths (scene units) of the ends of the colour map.
@@ -258,28 +164,36 @@ def novel_view(
     mode: ColorMode = "rgb",
     pca: FeaturePCA | None = None,
     near: float = 0.01,
+    similarity: Float[Tensor, " n"] | None = None,
 ) -> NovelView:
     """Rasterize Gaussians, colour the result by mode, and draw its holes as magenta and grey stripes.
 
-    ``near`` is the nearest drawn depth in world units; give `NEAR` times the scene's unit where it is known.
+    ``near`` is the nearest drawn depth in world units; give `NEAR` times the scene's unit where it is known. For the
+    other arguments see `gaussian_colors`.
 
     Raises:
-        MissingError: features asked of Gaussians that have none.
+        MissingError: features asked of Gaussians that have none, or similarity where none is given.
     """
-    features = gaussians.features if mode == "features" else None
-    if mode == "features" and features is None:
-        raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
-    if features is not None and not _is_raw(features, pca):
-        features = features[:, :3].contiguous()  # the others have no colour
+    features = None
+    if mode == "features":
+        features = gaussians.features
+        if features is None:
+            raise MissingError("these Gaussians carry no features", todo="show 'rgb' or 'depth'")
+        if not _is_raw(features, pca):
+            features = features[:, :3].contiguous()  # the others have no colour
+    elif mode == "similarity":
+        features = _given(similarity)[:, None]
     render = rasterize(replace(gaussians, features=features), camera, near=near)
     hole = render.alpha < HOLE_ALPHA
     limits = value_limits(render.depth, "depth", ~hole)
     if mode == "depth":
         image = colorize(render.depth, "depth", ~hole, limits)
-    elif render.features is not None:
-        image = _feature_colors(render.features, pca)
-    else:
+    elif render.features is None:
         image = render.color.clamp(0, 1)
+    elif mode == "similarity":
+        image = colorize(render.features[..., 0] / render.alpha.clamp(min=1e-10), "similarity")
+    else:
+        image = _feature_colors(render.features, pca)
     return NovelView(torch.where(hole[..., None], hatch(*camera.hw), image), render.depth, hole, limits)
 
 
@@ -331,6 +245,18 @@ class SceneHandle:
         with self._turn:
             self._size = size * self._spread
             self._splats.covariances = _float32(display_covariances(self._gaussians, self.units, self._size))
+
+    def mark(self, point: Float[Tensor, " 3"], radius: float) -> None:
+        """Put a magenta ball at a point, both in scene units; there is one, which moves."""
+        with self._turn:
+            self._scene.add_icosphere(
+                "/pick",
+                radius=radius * self.units.per_scene_unit,
+                color=_MARK_COLOR,
+                position=_float32(point * self.units.per_scene_unit),
+                cast_shadow=False,
+                receive_shadow=False,
+            )
 
     def show_gaussians(self, visible: bool) -> None:
         """Show or hide the splats."""
@@ -405,7 +331,7 @@ def build_scene(
     rgb = gaussian_colors(gaussians, colors, pca, camera) if isinstance(colors, str) else colors
     kept = thin_evenly(gaussians.means, camera, max_gaussians)
     handle = SceneHandle(target.scene, gaussians, units, rgb, size, kept)
-    depth = _FRUSTUM_DEPTH * _UNIT
+    depth = _FRUSTUM_DEPTH * NEAREST
     for index, (name, (view, image)) in enumerate(pictures.items()):
         color = _FRUSTUM_COLORS[index % len(_FRUSTUM_COLORS)]
         handle.frusta[name], handle.pictures[name] = _add_frustum(
@@ -430,7 +356,7 @@ def start_at(
     initial_camera.up, initial_camera.fov = stand.up, stand.fov
     # Who stands in a camera must see past its frustum: the near plane cuts it away. (It must stay under 1 unit, where
     # viser puts its background image.)
-    initial_camera.near, initial_camera.far = 1.2 * _FRUSTUM_DEPTH * _UNIT, 1000 * _UNIT
+    initial_camera.near, initial_camera.far = 1.2 * _FRUSTUM_DEPTH * NEAREST, 1000 * NEAREST
 
 
 def first_camera(gaussians: Gaussians, pictures: Pictures) -> Camera:
@@ -439,13 +365,13 @@ def first_camera(gaussians: Gaussians, pictures: Pictures) -> Camera:
         return next(iter(pictures.values()))[0]
     z = gaussians.means[:, 2]
     w2c = torch.eye(4)
-    if _percentile(z, 2) <= 0:
+    if percentile(z, 2) <= 0:
         center = gaussians.means.median(dim=0).values
-        radius = max(_percentile((gaussians.means - center).norm(dim=1), 95), 1e-6)
+        radius = max(percentile((gaussians.means - center).norm(dim=1), 95), 1e-6)
         w2c = look_at(center - torch.tensor([0.0, 0.0, 3 * radius]), center)
     points = transform_points(w2c, gaussians.means)
     slopes = (points[:, :2] / points[:, 2:]).abs()[points[:, 2] > 0]
-    tan_x, tan_y = (min(max(_percentile(slope, 99), 0.05), 2.0) for slope in slopes.unbind(dim=1))
+    tan_x, tan_y = (min(max(percentile(slope, 99), 0.05), 2.0) for slope in slopes.unbind(dim=1))
     K = torch.tensor([[320 / tan_x, 0.0, 320.0], [0.0, 240 / tan_y, 240.0], [0.0, 0.0, 1.0]])
     return Camera(K, w2c, width=640, height=480)
 
@@ -575,6 +501,12 @@ def _add_frustum(
     return frame, picture
 
 
+def _given(similarity: Tensor | None) -> Tensor:
+    if similarity is None:
+        raise MissingError("no similarity is given", todo="pick a feature and call `feature_similarity`")
+    return similarity
+
+
 def _is_raw(features: Tensor, pca: FeaturePCA | None) -> bool:
     """Whether features are descriptors, not yet coordinates in the basis."""
     return pca is None or (features.shape[-1] == len(pca.mean) != len(pca.components))
@@ -585,17 +517,9 @@ def _feature_colors(features: Float[Tensor, "*n d"], pca: FeaturePCA | None) -> 
     return basis.colors(basis.project(features) if _is_raw(features, pca) else features)
 
 
-def _percentile(values: Float[Tensor, " n"], percent: float) -> float:
-    return float(np.percentile(values.detach().numpy(), percent))
-
-
 def _uint8(rgb: Float[Tensor, "n 3"]) -> np.ndarray:
     return (rgb.clamp(0, 1) * 255).round().byte().numpy()
 
 
 def _float32(values: Tensor) -> np.ndarray:
     return values.detach().numpy().astype(np.float32)
-
-
-def _float64(values: Tensor) -> np.ndarray:
-    return values.detach().numpy().astype(np.float64)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytest.importorskip("viser")
 from app import viewer
 from app.viewer import Painter, ViewerCfg
 from l2m_viz.data import write_image
+from l2m_viz.gaussians import Picked
 from l2m_viz.geometry import Camera, intrinsics
 from l2m_viz.show.scene import NovelView
 
@@ -172,3 +174,29 @@ def test_line_under_the_picture_has_numbers_with_units():
     camera = Camera(intrinsics(40.0, (30, 40)), torch.eye(4), width=40, height=30)
     assert viewer._describe(view, camera, 12.4, "rgb", "m") == "holes (striped) 25.0%, 40 × 30 px, 12 ms"
     assert "1.50 m (red) to 4.25 m (blue)" in viewer._describe(view, camera, 12.4, "depth", "m")
+    similarity = viewer._describe(view, camera, 12.4, "similarity", "m")
+    assert similarity.endswith("cosine to the picked feature: 1 red, 0 light grey, −1 blue")
+
+
+def test_words_about_a_picked_pixel_have_numbers_with_units():
+    alphas, before = torch.tensor([0.25, 0.8]), torch.tensor([1.0, 0.75])
+    depths, colors = torch.tensor([1.5, 2.0]), torch.rand(2, 3)
+    picked = Picked(torch.tensor([7, 12345]), alphas, before, depths, colors, None)
+    assert viewer._describe_pick(picked, "m") == (
+        "2 Gaussians make this pixel: depth 1.85 m, alpha 0.850. The strongest, no. 12,345, gives 60% from 2.00 m."
+    )
+    alone = Picked(torch.tensor([7]), alphas[:1], before[:1], depths[:1], colors[:1], None)
+    assert viewer._describe_pick(alone, "(relative)").startswith(
+        "One Gaussian makes this pixel: depth 1.50 (relative)"
+    )
+
+
+def test_a_cameras_picture_is_a_way_to_it_only_while_nobody_picks():
+    """Who stands at a camera has its picture, unseen, before everything that there is to pick."""
+    flights: list[str] = []
+    visitor = SimpleNamespace(_picking=SimpleNamespace(value=True), go_to=flights.append)
+    viewer.Visitor._click_picture(visitor, "A")
+    assert flights == []
+    visitor._picking.value = False
+    viewer.Visitor._click_picture(visitor, "A")
+    assert flights == ["A"]

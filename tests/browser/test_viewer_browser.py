@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import time
 from collections.abc import Callable
 
@@ -13,10 +14,12 @@ from PIL import Image
 pytest.importorskip("viser")
 
 from l2m_viz.data import write_image
-from l2m_viz.geometry import Camera, intrinsics
+from l2m_viz.gaussians import pick
+from l2m_viz.geometry import Camera, intrinsics, project
 from l2m_viz.geometry.scenes import sphere_on_plane
 from l2m_viz.photo import FOCAL_OVER_LONG_SIDE
 from l2m_viz.show.scene import hatch
+from l2m_viz.show.viewer_camera import ViewerCamera, ViewerUnits, camera_from_viewer, standpoint
 
 WH = (320, 240)
 SIDE = 32  # cells along the longer side of compared pictures: blurs what two renderers may draw differently
@@ -52,6 +55,15 @@ def viewer(serve, page, tmp_path):
     ).first.click()  # "software rendering" would hide the scene
     yield page
     assert not foreign
+
+
+@pytest.fixture
+def lifted(viewer, tmp_path):
+    """What that viewer shows: the Gaussians, the photo's camera, and the nearest drawn depth."""
+    from app.viewer import ViewerCfg, load
+
+    shown = load(ViewerCfg(image=tmp_path / "photo.png", depth=tmp_path / "depth.npy"))
+    return shown.gaussians, shown.camera, shown.near
 
 
 def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
@@ -103,6 +115,62 @@ def test_colours_and_main_view(viewer):
     eventually(lambda: np.abs(canvas(viewer) - rgb).mean() < 0.02, "the splats are back")
 
 
+def test_a_click_takes_a_pixel_apart_and_shows_what_is_alike(viewer, lifted):
+    gaussians, camera, near = lifted
+    eventually(lambda: agree(viewer), "the splats are drawn")
+    before = numbers(viewer)
+    viewer.get_by_role("button", name="A", exact=True).click()
+    eventually(lambda: numbers(viewer) != before, "camera A's whole image, in this window")
+    eventually(lambda: agree(viewer), "the splats are drawn again")
+    rgb, ours = canvas(viewer), panel(viewer)
+    box = viewer.locator("canvas").first.bounding_box()
+    wide, high = box["width"], box["height"]
+    x, y = round(box["x"] + 0.6 * wide), round(box["y"] + 0.52 * high)
+    viewer.mouse.click(x, y)
+    eventually(lambda: "make this pixel" in picked_text(viewer), "the table's numbers")
+
+    # The same pixel, in a camera made here.
+    units = ViewerUnits.fit(gaussians, camera)
+    fov = standpoint(camera, gaussians, units, wide / high).fov
+    seen = camera_from_viewer(ViewerCamera((1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0), fov, wide / high), units)
+    share = (x + 0.5 - box["x"]) / wide, (y + 0.5 - box["y"]) / high  # viser takes the centre of the pixel
+    expected = pick(gaussians, seen, (share[0] * seen.width, share[1] * seen.height), near=near)
+    text = picked_text(viewer)
+    assert text.startswith(f"{len(expected)} Gaussians make this pixel")
+    assert f"no. {expected.strongest:,}," in text
+    assert float(found(r"depth (\d+\.\d+)", text)) == pytest.approx(expected.depth, abs=0.01)
+    assert float(found(r"alpha (\d+\.\d+)", text)) == pytest.approx(expected.alpha, abs=0.01)
+    place_px, _ = project(gaussians.means[expected.strongest], seen.K)
+    assert (place_px - torch.tensor(share) * torch.tensor([seen.width, seen.height])).norm() < 3
+
+    eventually(lambda: np.abs(canvas(viewer) - rgb)[center(rgb)].mean() > 0.05, "the scene is recoloured")
+    eventually(lambda: np.abs(panel(viewer) - ours)[center(ours)].mean() > 0.05, "and so is the panel")
+    eventually(
+        lambda: agree(viewer, least=0.8), "the same similarity in both"
+    )  # paler at the border: less alike
+    assert viewer.locator("input[role=combobox]:visible").first.input_value() == "similarity"
+    assert "cosine to the picked feature" in numbers(viewer)
+    assert table(viewer).std() > 0.1
+    row, column = round(y - box["y"]), round(x - box["x"])
+    around = window(viewer)[row - 9 : row + 10, column - 9 : column + 10]
+    red, green, blue = np.moveaxis(around, -1, 0)
+    ball = (red > 0.5) & (green < 0.3) & (blue > 0.3)  # magenta, shaded
+    assert ball.sum() > 5
+    np.testing.assert_allclose(np.argwhere(ball).mean(axis=0), [9, 9], atol=2)
+    assert (red > blue + 0.1)[~ball].mean() > 0.5  # what was clicked is like itself
+
+    similar = canvas(viewer)
+    viewer.mouse.click(box["x"] + box["width"] / 2, box["y"] + 8)
+    eventually(lambda: "Nothing there" in picked_text(viewer), "a click beside the scene says so")
+    assert np.abs(canvas(viewer) - similar).mean() < 0.01
+    viewer.mouse.move(x, y)
+    viewer.mouse.down()
+    viewer.mouse.move(x - 20, y + 5, steps=4)
+    viewer.mouse.up()
+    eventually(lambda: np.abs(canvas(viewer) - similar).mean() > 0.02, "a drag turns the scene")
+    assert "Nothing there" in picked_text(viewer)  # and picks nothing
+
+
 def eventually(check: Callable[[], bool], what: str, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not check():
@@ -119,15 +187,42 @@ def numbers(page) -> str:
     return page.get_by_text("holes (striped)").locator("xpath=..").inner_text()
 
 
+def picked_text(page) -> str:
+    """What stands under "Pick with a click"."""
+    return page.get_by_text(re.compile("Click on the scene|this pixel|Nothing there")).first.inner_text()
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text!r}"
+    return match[1]
+
+
+def window(page) -> np.ndarray:
+    """The main view, pixel by pixel."""
+    clip = page.locator("canvas").first.bounding_box()
+    png = page.screenshot(clip=clip, timeout=180_000)
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.float32) / 255
+
+
+def table(page) -> np.ndarray:
+    """The bars of the picked pixel."""
+    return shown_image(page.locator("img[src^='blob:']").first)
+
+
 def canvas(page) -> np.ndarray:
     clip = page.locator("canvas").first.bounding_box()
     return small(page.screenshot(clip=clip, timeout=180_000))
 
 
 def panel(page) -> np.ndarray:
+    """Our rasterizer's picture, the last of the panel."""
+    return shown_image(page.locator("img[src^='blob:']").last)
+
+
+def shown_image(image) -> np.ndarray:
     """The picture itself, without the page around it."""
-    data = page.locator("img[src^='blob:']").first.evaluate(_COPY)
-    return small(base64.b64decode(data.split(",")[1]))
+    return small(base64.b64decode(image.evaluate(_COPY).split(",")[1]))
 
 
 def small(png: bytes) -> np.ndarray:
@@ -147,7 +242,7 @@ def drawn(picture: np.ndarray, background: np.ndarray | float = 1.0) -> float:
     return float((np.abs(picture - background).max(axis=-1) > 0.12).mean())
 
 
-def agree(page) -> bool:
+def agree(page, least: float = 0.9) -> bool:
     """Whether main view and panel show the same where the panel has no hole, and would not if one were shifted."""
     shown, ours = canvas(page), panel(page)
     if shown.shape != ours.shape:
@@ -156,7 +251,7 @@ def agree(page) -> bool:
     compared[:, [0, 1, -2, -1]] = compared[[0, 1, -2, -1]] = False
     shifts = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
     likeness = [correlation(np.roll(shown, shift, axis=(0, 1))[compared], ours[compared]) for shift in shifts]
-    return likeness[0] > 0.9 and likeness[0] == max(likeness)
+    return likeness[0] > least and likeness[0] == max(likeness)
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:

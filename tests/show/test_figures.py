@@ -78,3 +78,41 @@ def test_no_matches_is_a_picture_too():
 def test_nothing_to_draw_is_an_error():
     with pytest.raises(ShapeError, match="at least one Panel"):
         figures.panels()
+
+
+def test_similarity_is_blue_over_light_grey_to_red_on_a_fixed_scale():
+    colors = colorize(torch.tensor([[-1.0, 0.0, 1.0]]), "similarity")
+    assert colors[0, 0, 2] > colors[0, 0, 0] + 0.4
+    assert colors[0, 2, 0] > colors[0, 2, 2] + 0.4
+    assert colors[0, 1].std() < 0.01
+    assert colors[0, 1].mean() > NOTHING + 0.3  # unrelated is not unknown
+    assert value_limits(torch.tensor([[0.2, 0.3]]), "similarity") == (-1, 1)
+
+
+def test_marked_points_are_where_the_pixels_are():
+    picture = torch.ones(*HW, 3)
+    picture[20, 30] = torch.tensor([1.0, 0.0, 0.0])
+    figure = figures.panels(Panel("one", picture, points=torch.tensor([[30.5, 20.5]])))
+    shown = _pixels(figure).astype(int)
+    red = np.argwhere((shown[..., 0] > 200) & (shown[..., 1] < 80))
+    ring = np.argwhere(shown.max(-1) < 60)
+    ring = ring[np.linalg.norm(ring - red.mean(0), axis=1) < 15]  # not the title's letters
+    assert len(ring) > 10
+    np.testing.assert_allclose(ring.mean(0), red.mean(0), atol=1)
+
+
+def test_compositing_table_has_the_gaussians_colours_depths_and_unit():
+    weights, depths = torch.tensor([0.5, 0.25]), torch.tensor([1.0, 2.345])
+    colors = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.2]])
+    (axis,) = figures.compositing_table(weights, depths, colors, unit="m").axes
+    assert [bar.get_height() for bar in axis.patches] == [0.5, 0.25]
+    assert [bar.get_facecolor()[:3] for bar in axis.patches] == [(1, 0, 0), (0, 0, 1)]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1.00", "2.35"]
+    assert axis.get_xlabel() == "depth of the Gaussian (m), front to back"
+
+
+def test_a_long_compositing_table_labels_some_of_its_bars():
+    (axis,) = figures.compositing_table(torch.rand(130), torch.rand(130)).axes
+    assert len(axis.patches) == 130
+    assert 15 <= len(axis.get_xticks()) <= 21
+    assert axis.get_xlabel() == "depth of the Gaussian, front to back"

@@ -1,4 +1,4 @@
-"""The way between viser's cameras and ours, colours, display sizes, and what a viewer is given."""
+"""Colours, display sizes, and what a viewer is given."""
 
 import math
 import socket
@@ -21,7 +21,7 @@ from l2m_viz.geometry import (
 )
 from l2m_viz.geometry.scenes import sphere_on_plane
 from l2m_viz.show import scene as scenes
-from l2m_viz.show.scene import SIGMA_MAX, SIGMA_MIN, ViewerCamera, ViewerUnits
+from l2m_viz.show.viewer_camera import SIGMA_MAX, SIGMA_MIN, ViewerUnits
 
 HW = (48, 64)
 ONE = ViewerUnits(1.0)
@@ -40,89 +40,9 @@ def gaussians(camera) -> Gaussians:
     return gaussians_from_depth(scene.image(camera), scene.depth(camera)[0], camera.K, features)
 
 
-def _random_camera(seed: int) -> Camera:
-    generator = torch.Generator().manual_seed(seed)
-    rotation = rotation_from_axis_angle(2 * torch.randn(3, generator=generator))
-    pose = pose_from_rotation(rotation, torch.randn(3, generator=generator))
-    return Camera(intrinsics(500.0, (480, 640)), pose, width=640, height=480)
-
-
 def _scaled(gaussians: Gaussians, factor: float) -> Gaussians:
     log_scales = gaussians.log_scales + math.log(factor)
     return replace(gaussians, means=gaussians.means * factor, log_scales=log_scales)
-
-
-# --- cameras ------------------------------------------------------------------------------------------------------
-
-
-def test_camera_at_the_origin_in_visers_words(camera):
-    view = scenes.viewer_from_camera(camera, ONE)
-    assert view.wxyz == (1, 0, 0, 0)
-    assert view.position == (0, 0, 0)
-    assert view.fov == pytest.approx(2 * math.atan(24 / 60))
-    assert view.aspect == pytest.approx(64 / 48)
-
-
-def test_viser_camera_sees_its_frame_and_no_more():
-    """90 degrees high and twice as wide, at (10, 0, 0) viewer units = (5, 0, 0): the frame's edges are at x = +-2 z."""
-    view = ViewerCamera((1.0, 0.0, 0.0, 0.0), (10.0, 0.0, 0.0), math.pi / 2, 2.0)
-    camera = scenes.camera_from_viewer(view, ViewerUnits(2.0), long_side=200)
-    assert camera.hw == (100, 200)
-    corner, depth = project(transform_points(camera.w2c, torch.tensor([[5 + 2 * 3.0, 3.0, 3.0]])), camera.K)
-    torch.testing.assert_close(corner, torch.tensor([[200.0, 100.0]]))
-    torch.testing.assert_close(depth, torch.tensor([3.0]))
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("per_scene_unit", [1.0, 7.3, 1e-3])
-def test_camera_survives_the_way_to_viser_and_back(seed, per_scene_unit):
-    units = ViewerUnits(per_scene_unit)
-    camera = _random_camera(seed)
-    back = scenes.camera_from_viewer(scenes.viewer_from_camera(camera, units), units, long_side=640)
-    assert back.hw == camera.hw
-    torch.testing.assert_close(back.K, camera.K, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(back.w2c, camera.w2c, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("aspect", "hw"), [(1.777, (360, 640)), (0.5, (640, 320)), (1.4142, (453, 640)), (30.0, (21, 640))]
-)
-def test_viser_camera_survives_the_way_to_ours_and_back(aspect, hw):
-    view = ViewerCamera((0.5, -0.5, 0.5, 0.5), (1.0, -2.0, 3.0), 0.9, aspect)
-    camera = scenes.camera_from_viewer(view, ONE, long_side=640)
-    assert camera.hw == hw
-    back = scenes.viewer_from_camera(camera, ONE)
-    assert (back.fov, back.aspect) == pytest.approx((view.fov, view.aspect), rel=1e-5)
-    assert back.position == pytest.approx(view.position, abs=1e-5)
-    sign = math.copysign(1, back.wxyz[0] * view.wxyz[0])
-    assert tuple(sign * q for q in back.wxyz) == pytest.approx(view.wxyz, abs=1e-6)
-
-
-def test_covering_view_shows_the_whole_image_and_touches_its_edge(camera):
-    assert scenes.fov_covering(camera, 64 / 48) == pytest.approx(camera.fov_y)
-    assert scenes.fov_covering(camera, 100.0) == pytest.approx(
-        camera.fov_y
-    )  # a wide window: the height decides
-    off = replace(camera, K=torch.tensor([[60.0, 0.0, 20.0], [0.0, 60.0, 24.0], [0.0, 0.0, 1.0]]))
-    # The far edge is 64 - 20 = 44 px from the axis; a square frame reaches as far up as to the side.
-    assert scenes.fov_covering(off, 1.0) == pytest.approx(2 * math.atan(44 / 60))
-
-
-def test_standpoint_is_at_the_camera_and_turns_about_what_it_sees(camera, gaussians):
-    pose = pose_from_rotation(torch.eye(3), torch.tensor([-1.0, 0.0, 0.0]))  # camera at (1, 0, 0)
-    stand = scenes.standpoint(replace(camera, w2c=pose), gaussians, ViewerUnits(2.0), 64 / 48)
-    np.testing.assert_allclose(stand.position, [2, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(stand.up, [0, -1, 0], atol=1e-6)
-    median = gaussians.means[:, 2].median().item()
-    np.testing.assert_allclose(stand.look_at, [2, 0, 2 * median], rtol=1e-3)
-
-
-def test_without_pictures_the_view_starts_where_everything_is_in_sight(gaussians):
-    for moved in (gaussians, replace(gaussians, means=gaussians.means - torch.tensor([0.0, 0.0, 4.0]))):
-        camera = scenes.first_camera(moved, {})
-        points_px, depth = project(transform_points(camera.w2c, moved.means), camera.K)
-        inside = (points_px > 0).all(1) & (points_px < torch.tensor([640.0, 480.0])).all(1) & (depth > 0)
-        assert inside.float().mean() > 0.9
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -174,6 +94,17 @@ def test_thinning_keeps_the_number_and_covers_the_picture(camera, gaussians, num
         assert len(torch.unique(block[:, 1] * 8 + block[:, 0])) == 48
 
 
+# --- where to start -------------------------------------------------------------------------------------------------
+
+
+def test_without_pictures_the_view_starts_where_everything_is_in_sight(gaussians):
+    for moved in (gaussians, replace(gaussians, means=gaussians.means - torch.tensor([0.0, 0.0, 4.0]))):
+        camera = scenes.first_camera(moved, {})
+        points_px, depth = project(transform_points(camera.w2c, moved.means), camera.K)
+        inside = (points_px > 0).all(1) & (points_px < torch.tensor([640.0, 480.0])).all(1) & (depth > 0)
+        assert inside.float().mean() > 0.9
+
+
 # --- colours ----------------------------------------------------------------------------------------------------------
 
 
@@ -201,13 +132,25 @@ def test_feature_mode_takes_descriptors_or_coordinates_in_the_basis(gaussians):
     assert raw.std(dim=0).min() > 0.05
 
 
+def test_similarity_mode_is_red_where_alike_and_blue_where_opposite(gaussians):
+    similarity = torch.linspace(-1, 1, len(gaussians))
+    colors = scenes.gaussian_colors(gaussians, "similarity", similarity=similarity)
+    assert colors[-1, 0] > colors[-1, 2] + 0.4
+    assert colors[0, 2] > colors[0, 0] + 0.4
+    assert colors[len(gaussians) // 2].std() < 0.02
+
+
 def test_modes_that_cannot_be_shown_say_so(gaussians, camera, unchecked):
     bare = replace(gaussians, features=None)
     with pytest.raises(MissingError, match=r"carry no features\. Show 'rgb' or 'depth'"):
         scenes.gaussian_colors(bare, "features")
     with pytest.raises(MissingError, match="carry no features"):
         scenes.novel_view(bare, camera, "features")
-    with pytest.raises(L2MError, match="expected 'rgb', 'features' or 'depth', got 'normal'"):
+    with pytest.raises(MissingError, match=r"no similarity is given\. Pick a feature"):
+        scenes.gaussian_colors(gaussians, "similarity")
+    with pytest.raises(MissingError, match="no similarity is given"):
+        scenes.novel_view(gaussians, camera, "similarity")
+    with pytest.raises(L2MError, match="expected 'rgb', 'features', 'depth' or 'similarity', got 'normal'"):
         scenes.gaussian_colors(gaussians, "normal")  # pyright: ignore[reportArgumentType]
 
 
@@ -246,6 +189,17 @@ def test_novel_view_shows_features_and_depth_with_its_range(camera, gaussians):
     torch.testing.assert_close(
         raw.image[drawn], projected.image[drawn], atol=0.1, rtol=0
     )  # alpha is not quite one
+
+
+def test_novel_view_shows_the_mean_similarity_also_where_it_is_half_transparent(camera, gaussians):
+    thin = replace(gaussians, logit_opacities=gaussians.logit_opacities - 3.5)
+    view = scenes.novel_view(thin, camera, "similarity", similarity=torch.full((len(thin),), 0.5))
+    drawn = ~view.hole_mask
+    assert drawn.float().mean() > 0.5
+    expected = scenes.gaussian_colors(
+        thin.select(torch.tensor([0])), "similarity", similarity=torch.tensor([0.5])
+    )
+    torch.testing.assert_close(view.image[drawn], expected.expand(int(drawn.sum()), 3), atol=0.02, rtol=0)
 
 
 # --- viser ------------------------------------------------------------------------------------------------------------
@@ -289,10 +243,23 @@ def test_scene_has_splats_frusta_and_the_photos_own_view(server, camera, gaussia
     assert not handle._splats.visible
 
 
+def test_the_mark_is_one_ball_that_moves_and_grows_with_the_units(server, camera, gaussians):
+    handle = scenes.build_scene(server, gaussians, pictures={"A": (camera, torch.rand(*HW, 3))})
+    balls = []
+    for point in ((0.5, -0.25, 2.0), (0.0, 0.0, 1.0)):
+        handle.mark(torch.tensor(point), radius=0.01)
+        balls += [node for name, node in server.scene._handle_from_node_name.items() if name == "/pick"]
+        np.testing.assert_allclose(
+            balls[-1].position, np.array(point) * handle.units.per_scene_unit, rtol=1e-5
+        )
+        assert balls[-1].radius == pytest.approx(0.01 * handle.units.per_scene_unit)
+    assert len(balls) == 2  # one at a time
+
+
 def test_frustum_picture_lies_where_an_off_centre_camera_sees_it(server, camera, gaussians):
-    off = replace(
-        _random_camera(3), K=torch.tensor([[500.0, 0.0, 250.0], [0.0, 520.0, 300.0], [0.0, 0.0, 1.0]])
-    )
+    K = torch.tensor([[500.0, 0.0, 250.0], [0.0, 520.0, 300.0], [0.0, 0.0, 1.0]])
+    rotation = rotation_from_axis_angle(torch.tensor([0.4, -1.2, 0.7]))
+    off = Camera(K, pose_from_rotation(rotation, torch.tensor([0.3, -0.8, 1.1])), width=640, height=480)
     handle = scenes.build_scene(
         server, gaussians, pictures={"A": (camera, torch.rand(6, 8, 3)), "B": (off, torch.rand(6, 8, 3))}
     )

@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 
-from l2m_viz.gaussians import _simd
+from l2m_viz import _simd
 
 
 @pytest.fixture

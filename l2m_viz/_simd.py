@@ -163,17 +163,20 @@ def _rows(builder, first, last):
 
 @intrinsic
 def load_column(typingctx, array, first, last, column):
-    """One column of eight rows, from ``first`` on, of a two-dimensional array; ``last`` stands for those beyond it."""
+    """One column of eight rows, from ``first`` on, of a two-dimensional array; ``last`` stands for those beyond it.
+
+    The array is of float32 or of bool (0 and 1).
+    """
 
     def codegen(context, builder, sig, args):
         data = context.make_array(sig.args[0])(context, builder, args[0])
         width = cgutils.unpack_tuple(builder, data.shape)[1]
         vector = ir.Constant(_VECTOR, ir.Undefined)
         for lane, row in enumerate(_rows(builder, args[1], args[2])):
-            place = builder.add(builder.mul(row, width), args[3])
-            vector = builder.insert_element(
-                vector, builder.load(builder.gep(data.data, [place])), ir.Constant(_INT, lane)
-            )
+            value = builder.load(builder.gep(data.data, [builder.add(builder.mul(row, width), args[3])]))
+            if sig.args[0].dtype == nb.boolean:
+                value = builder.uitofp(value, _FLOAT)
+            vector = builder.insert_element(vector, value, ir.Constant(_INT, lane))
         return vector
 
     return f32x8(array, nb.uint64, nb.uint64, nb.uint64), codegen
