@@ -86,18 +86,25 @@ def split_tiles(start, blocks):
 
 @numba.njit(cache=True)
 @no_type_check
-def private_rows(start, indices, first, n):
-    """Row of each Gaussian in the blocks' private buffers, -1 for those of one block only; and the number of rows."""
-    owner, rows = np.full(n, -1, np.int32), np.full(n, -1, np.int32)
-    count = 0
+def private_rows(tiles, columns, first):
+    """Row of each Gaussian in the blocks' private buffers, -1 for those of one block only; and the number of rows.
+
+    Blocks are runs of tiles: whose first and last tile are of one block reaches into no other.
+    """
+    owner, rows = np.empty(first[-1], np.int32), np.full(tiles.shape[0], -1, np.int32)
     for block in range(first.shape[0] - 1):
-        for k in range(start[first[block]], start[first[block + 1]]):
-            i = indices[k]
-            if owner[i] == -1:
-                owner[i] = block
-            elif owner[i] != block and rows[i] == -1:
-                rows[i] = count
-                count += 1
+        owner[first[block] : first[block + 1]] = block
+    count = 0
+    for i in range(tiles.shape[0]):
+        x0, y0, x1, y1 = (
+            np.int64(tiles[i, 0]),
+            np.int64(tiles[i, 1]),
+            np.int64(tiles[i, 2]),
+            np.int64(tiles[i, 3]),
+        )
+        if x0 < x1 and owner[y0 * columns + x0] != owner[(y1 - 1) * columns + x1 - 1]:
+            rows[i] = count
+            count += 1
     return rows, count
 
 

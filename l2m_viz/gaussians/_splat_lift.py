@@ -76,7 +76,10 @@ def _interpolate(cells, known, x_first, y_first, wide, high, hw, pixels, planes,
             if not is_known:
                 continue
             a, b = np.uint64((top * columns + left) * padded), np.uint64((top * columns + right) * padded)
-            c, d = np.uint64((bottom * columns + left) * padded), np.uint64((bottom * columns + right) * padded)
+            c, d = (
+                np.uint64((bottom * columns + left) * padded),
+                np.uint64((bottom * columns + right) * padded),
+            )
             p = np.uint64((y * TILE + x) * padded)
             for v in range(0, padded, LANES):
                 q = np.uint64(v)
@@ -162,7 +165,9 @@ def accumulate_tiles(
                         after = before - before * alpha
                         drawn = after - _MIN_TRANSMITTANCE
                         weight = where_greater(drawn, splat(_ZERO), alpha * before, splat(_ZERO))
-                        store(planes, p, where_greater(drawn, splat(_ZERO), after, negative_magnitude(before)))
+                        store(
+                            planes, p, where_greater(drawn, splat(_ZERO), after, negative_magnitude(before))
+                        )
                         weight = weight * load(planes, p + _KNOWN)
                         store(planes, p + _WEIGHT, weight)
                         total_weight = total_weight + weight

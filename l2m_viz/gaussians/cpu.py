@@ -73,7 +73,10 @@ class _View:
     @classmethod
     def of(cls, camera: Camera, near: float, far: float, eps2d: float) -> Self:
         return cls(
-            _array(camera.w2c), _array(camera.K), camera.hw, (np.float32(near), np.float32(far), np.float32(eps2d))
+            _array(camera.w2c),
+            _array(camera.K),
+            camera.hw,
+            (np.float32(near), np.float32(far), np.float32(eps2d)),
         )
 
 
@@ -91,9 +94,7 @@ class _Listed:
 def _list_tiles(parameters: list[np.ndarray], view: _View) -> _Listed:
     n, (height, width) = len(parameters[0]), view.hw
     screen, tiles = _empty_rows(n, _splat.NUM_COLUMNS), np.empty((n, 4), np.int16)
-    run_kernel(
-        _splat.project_gaussians, *parameters, view.w2c, view.K, view.hw, *view.limits, screen, tiles
-    )
+    run_kernel(_splat.project_gaussians, *parameters, view.w2c, view.K, view.hw, *view.limits, screen, tiles)
     columns, rows = -(-width // _splat.TILE), -(-height // _splat.TILE)
     start, indices = run_kernel(_splat.bin_into_tiles, tiles, columns, rows)
     return _Listed(screen, tiles, start, indices, columns)
@@ -113,7 +114,7 @@ class _Shares:
         blocks = num_threads()
         while True:
             first = _splat_grad.split_tiles(listed.start, blocks)
-            rows, num_shared = _splat_grad.private_rows(listed.start, listed.indices, first, n)
+            rows, num_shared = _splat_grad.private_rows(listed.tiles, listed.columns, first)
             if blocks == 1 or num_shared * blocks <= n:
                 return cls(first, rows, num_shared)
             blocks //= 2

@@ -282,7 +282,10 @@ class _ClosedForm(_State):
     def __init__(self, gaussians: Gaussians, views: list[FeatureView]) -> None:
         super().__init__(gaussians, views)
         self.num_steps = len(views)
-        self.sums = gaussians.means.new_zeros(len(gaussians), _width(views))
+        # Large and touched once: numpy asks the system for large pages, torch does not and takes twice as long.
+        self.sums = torch.from_numpy(np.zeros((len(gaussians), _width(views)), np.float32)).to(
+            gaussians.means.device
+        )
         self.weights = gaussians.means.new_zeros(len(gaussians))
 
     def advance(self) -> dict[str, float]:
@@ -294,7 +297,9 @@ class _ClosedForm(_State):
 
     def lifted(self) -> LiftedFeatures:
         seen = self.weights > _MIN_WEIGHT
-        features = self.sums * torch.where(seen, 1 / self.weights.clamp(min=_MIN_WEIGHT), 0.0)[:, None]
+        factors = torch.where(seen, 1 / self.weights.clamp(min=_MIN_WEIGHT), 0.0)
+        features = torch.from_numpy(np.empty(tuple(self.sums.shape), np.float32)).to(self.sums.device)
+        torch.mul(self.sums, factors[:, None], out=features)
         return LiftedFeatures(replace(self.gaussians, features=features), self.weights.clone())
 
 
