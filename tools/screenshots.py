@@ -60,18 +60,20 @@ def take_app(page: Page, url: str) -> None:
 
 
 def take_viewer(page: Page, url: str) -> None:
-    """The lifted Gaussians from the side, with both cameras and our rasterizer's view."""
+    """The lifted Gaussians from the side, and what a click on them shows."""
     page.goto(url)
     page.get_by_text("Gaussians").first.wait_for(timeout=120_000)
     page.wait_for_timeout(8000)
-    for remark in page.locator(".mantine-Notification-closeButton").all():  # on software WebGL
-        remark.dispatch_event("click")
+    # the remark on software WebGL, which may also go by itself
+    page.evaluate("document.querySelectorAll('.mantine-Notification-closeButton').forEach(x => x.click())")
     page.mouse.move(450, 450)
     page.mouse.down()
     page.mouse.move(400, 462, steps=3)
     page.mouse.up()
-    page.mouse.wheel(0, 500)
+    page.mouse.wheel(0, 200)
     page.wait_for_timeout(8000)
+    page.mouse.click(455, 400)
+    page.wait_for_timeout(12000)
     page.screenshot(path=IMAGES / "viewer.png", timeout=180_000)  # software WebGL is slow
 
 
