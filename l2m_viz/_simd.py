@@ -83,7 +83,7 @@ def _multiply(builder, a, b):
 def _define_operator(symbol, instruction):
     pairs = ((f32x8, f32x8), (f32x8, nb.float32), (nb.float32, f32x8))
 
-    @infer_global(symbol)
+    @infer_global(symbol)  # pyright: ignore[reportOptionalCall]
     class _Typing(ConcreteTemplate):
         cases = [signature(f32x8, a, b) for a, b in pairs]  # noqa: RUF012 (numba's name)
 
