@@ -8,6 +8,15 @@ from l2m_viz.lifting.depth import (
     read_depth as read_depth,
 )
 from l2m_viz.lifting.ground_truth import warp_from_depth as warp_from_depth
+from l2m_viz.lifting.inpainting import FILL_METHODS as FILL_METHODS, fill_holes as fill_holes
+from l2m_viz.lifting.relighting import (
+    Lighting as Lighting,
+    RelightCfg as RelightCfg,
+    ShadeCfg as ShadeCfg,
+    sample_lighting as sample_lighting,
+    shade as shade,
+    shade_batch as shade_batch,
+)
 from l2m_viz.lifting.scene import (
     NEAR as NEAR,
     LiftedScene as LiftedScene,
@@ -15,6 +24,7 @@ from l2m_viz.lifting.scene import (
     View as View,
     lift as lift,
 )
+from l2m_viz.lifting.sky import mask_sky as mask_sky, sky_mask as sky_mask
 from l2m_viz.lifting.views import (
     ViewSamplerCfg as ViewSamplerCfg,
     orbit_cameras as orbit_cameras,

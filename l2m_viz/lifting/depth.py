@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
@@ -23,7 +24,9 @@ from torch import Tensor
 from l2m_viz.data.files import Saved
 from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError
 from l2m_viz.geometry.pixels import HW
+from l2m_viz.lifting.depth_anything import VARIANTS, depth_anything_disparity, disparity_scale
 from l2m_viz.lifting.prior import prior_disparity
+from l2m_viz.lifting.random_planes import random_planes_disparity
 
 DEPTH_RANGE = (
     1e-3,
@@ -144,13 +147,17 @@ def estimate_depth(
     Args:
         image: RGB in [0, 1].
         method: "prior" is a guess from rules without learned weights, plausible and measuring nothing; see
-            `l2m_viz.lifting.prior`.
+            `l2m_viz.lifting.prior`. "depth-anything-v2-small", "-base" and "-large" are networks, whose weights have
+            to be on this machine; see `l2m_viz.lifting.networks`. "random-planes" invents a geometry, for training
+            pairs only; see `l2m_viz.lifting.random_planes`.
         K: intrinsics in pixels, for estimators that can use them.
-        generator: randomness of estimators that draw; the prior does not and always answers the same.
+        generator: randomness of "random-planes"; the others draw nothing and always answer the same.
 
     Raises:
         ShapeError: the image is not (H, W, 3) or ``K`` not (3, 3).
         ImageError: the image has NaN or leaves [0, 1].
+        MissingError: a package or the weights of the network are not here; the message says how to get them.
+        FileFormatError: the weights are damaged or another network's.
         L2MError: no such method.
     """
     if method not in _ESTIMATORS:
@@ -208,8 +215,27 @@ def _estimate_prior(image: Tensor, K: Tensor | None, generator: torch.Generator 
     return depth_from_disparity(prior_disparity(image, K), method="prior")
 
 
+def _estimate_random_planes(image: Tensor, K: Tensor | None, generator: torch.Generator | None) -> Depth:
+    del K  # any camera may look at a random scene
+    return depth_from_disparity(random_planes_disparity(image, generator), method="random-planes")
+
+
+def _estimate_depth_anything(
+    image: Tensor, K: Tensor | None, generator: torch.Generator | None, variant: str
+) -> Depth:
+    del K, generator  # it knows neither the camera nor chance
+    disparity = depth_anything_disparity(image, variant)
+    scale, shift = disparity_scale(disparity)
+    return depth_from_disparity(disparity, scale=scale, shift=shift, method=f"depth-anything-v2-{variant}")
+
+
 _ESTIMATORS: dict[str, Callable[[Tensor, Tensor | None, torch.Generator | None], Depth]] = {
-    "prior": _estimate_prior
+    "prior": _estimate_prior,
+    "random-planes": _estimate_random_planes,
+    **{
+        f"depth-anything-v2-{variant}": partial(_estimate_depth_anything, variant=variant)
+        for variant in VARIANTS
+    },
 }
 
 
