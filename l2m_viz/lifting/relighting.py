@@ -59,7 +59,7 @@ class RelightCfg:
     # units, most of which a light at 2 would shine on from behind; so there is a nearer place, too.
     forward: tuple[float, ...] = (0.5, 1.0, 2.0)
     # 400 to 2000 W over 500, and an ambient strength of 1.6 to 2.6 over 4: then the light that a photo receives is
-    # about 1 on average, and nine in ten pictures come out 0.66 to 1.23 times as bright as they went in.
+    # about 1 on average, and nine in ten pictures come out 0.67 to 1.24 times as bright as they went in.
     energy: Range = (0.8, 4.0)
     ambient: Range = (0.4, 0.65)
     # Each channel of a light is the low end or, as often, anything in the range.
