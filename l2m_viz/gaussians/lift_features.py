@@ -11,6 +11,7 @@ features of many views. The feature loss reaches features and convolution only; 
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def lift_features_steps(
     return _run(state, cfg.checkpoint_every_s, None if checkpoint is None else Path(checkpoint))
 
 
-class _State:
+class _State(ABC):
     """What both methods have: arrays to be saved, and a step."""
 
     num_steps: int
@@ -224,17 +225,17 @@ class _State:
             digest.update(_bytes(value))
         return digest.hexdigest()
 
+    @abstractmethod
     def advance(self) -> dict[str, float]:
         """Take one step and return its losses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds; written to in place when one is read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lifted(self) -> LiftedFeatures:
         """The result so far."""
-        raise NotImplementedError
 
 
 def _run(state: _State, checkpoint_every_s: float, checkpoint: Path | None) -> Iterator[FitStep]:
