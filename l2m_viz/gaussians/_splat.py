@@ -287,6 +287,20 @@ def _alpha(log2_alpha, log2_opacity):
 
 @numba.njit(forceinline=True, fastmath=_FAST)
 @no_type_check
+def _take_light(planes, p, alpha):
+    """Take a Gaussian's share of the light that reaches eight pixels: return its weights, and lower T.
+
+    A pixel that has ended holds its transmittance negated, which no Gaussian can pass.
+    """
+    before = load(planes, p)
+    after = before - before * alpha
+    drawn = after - _MIN_TRANSMITTANCE
+    store(planes, p, where_greater(drawn, splat(_ZERO), after, negative_magnitude(before)))
+    return where_greater(drawn, splat(_ZERO), alpha * before, splat(_ZERO))
+
+
+@numba.njit(forceinline=True, fastmath=_FAST)
+@no_type_check
 def _open_tile(planes, stride, wide, high):
     """Set T = 1 inside the image, and -1 outside: ended."""
     for y in range(TILE):
@@ -392,12 +406,7 @@ def composite_tiles(start, indices, screen, features, columns, color, feature, d
                     p = np.uint64(y * _ROW + x)
                     dx = ramp() + (np.float32(x) - mx)
                     alpha = _alpha((dx * xx + linear) * dx + constant, log2_opacity)
-                    before = load(planes, p)
-                    after = before - before * alpha
-                    drawn = after - _MIN_TRANSMITTANCE
-                    weight = where_greater(drawn, splat(_ZERO), alpha * before, splat(_ZERO))
-                    # A pixel that has ended holds its transmittance negated, which no Gaussian can pass.
-                    store(planes, p, where_greater(drawn, splat(_ZERO), after, negative_magnitude(before)))
+                    weight = _take_light(planes, p, alpha)
                     store(planes, p + _RED, load(planes, p + _RED) + weight * red)
                     store(planes, p + _GREEN, load(planes, p + _GREEN) + weight * green)
                     store(planes, p + _BLUE, load(planes, p + _BLUE) + weight * blue)

@@ -16,13 +16,11 @@ from l2m_viz._simd import (
     highest_bit,
     load,
     lowest_bit,
-    negative_magnitude,
     prefetch,
     ramp,
     splat,
     store,
     total,
-    where_greater,
 )
 from l2m_viz.gaussians._splat import (
     _AHEAD,
@@ -30,7 +28,6 @@ from l2m_viz.gaussians._splat import (
     _CHECK_EVERY,
     _FAST,
     _HALF,
-    _MIN_TRANSMITTANCE,
     _ZERO,
     LOG2_OPACITY,
     NUM_COLUMNS,
@@ -41,6 +38,7 @@ from l2m_viz.gaussians._splat import (
     _open_tile,
     _prefetch_row,
     _reach,
+    _take_light,
     sort_by_depth,
 )
 from l2m_viz.gaussians._splat_grad import _add
@@ -161,14 +159,7 @@ def accumulate_tiles(
                         p = np.uint64(y * _ROW + x)
                         dx = ramp() + (np.float32(x) - mx)
                         alpha = _alpha((dx * xx + linear) * dx + constant, log2_opacity)
-                        before = load(planes, p)
-                        after = before - before * alpha
-                        drawn = after - _MIN_TRANSMITTANCE
-                        weight = where_greater(drawn, splat(_ZERO), alpha * before, splat(_ZERO))
-                        store(
-                            planes, p, where_greater(drawn, splat(_ZERO), after, negative_magnitude(before))
-                        )
-                        weight = weight * load(planes, p + _KNOWN)
+                        weight = _take_light(planes, p, alpha) * load(planes, p + _KNOWN)
                         store(planes, p + _WEIGHT, weight)
                         total_weight = total_weight + weight
                         bits |= greater(weight, splat(_ZERO)) << x

@@ -10,10 +10,9 @@ import torch
 
 from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError, MissingError
-from l2m_viz.gaussians import Gaussians, gaussians_from_depth
+from l2m_viz.gaussians import Gaussians
 from l2m_viz.geometry import (
     Camera,
-    intrinsics,
     pose_from_rotation,
     project,
     rotation_from_axis_angle,
@@ -25,19 +24,6 @@ from l2m_viz.show.viewer_camera import SIGMA_MAX, SIGMA_MIN, ViewerUnits
 
 HW = (48, 64)
 ONE = ViewerUnits(1.0)
-
-
-@pytest.fixture(scope="module")
-def camera() -> Camera:
-    return Camera(intrinsics(60.0, HW), torch.eye(4), width=HW[1], height=HW[0])
-
-
-@pytest.fixture(scope="module")
-def gaussians(camera) -> Gaussians:
-    """A sphere before a plane, one Gaussian a pixel, with four feature channels."""
-    scene = sphere_on_plane()
-    features = torch.rand(*HW, 4, generator=torch.Generator().manual_seed(0))
-    return gaussians_from_depth(scene.image(camera), scene.depth(camera)[0], camera.K, features)
 
 
 def _scaled(gaussians: Gaussians, factor: float) -> Gaussians:

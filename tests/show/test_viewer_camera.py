@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from l2m_viz.gaussians import Gaussians, gaussians_from_depth
 from l2m_viz.geometry import (
     Camera,
     intrinsics,
@@ -17,24 +16,11 @@ from l2m_viz.geometry import (
     rotation_from_axis_angle,
     transform_points,
 )
-from l2m_viz.geometry.scenes import sphere_on_plane
 from l2m_viz.show import viewer_camera
 from l2m_viz.show.viewer_camera import ViewerCamera, ViewerUnits
 
 HW = (48, 64)
 ONE = ViewerUnits(1.0)
-
-
-@pytest.fixture(scope="module")
-def camera() -> Camera:
-    return Camera(intrinsics(60.0, HW), torch.eye(4), width=HW[1], height=HW[0])
-
-
-@pytest.fixture(scope="module")
-def gaussians(camera) -> Gaussians:
-    """A sphere before a plane, one Gaussian a pixel."""
-    scene = sphere_on_plane()
-    return gaussians_from_depth(scene.image(camera), scene.depth(camera)[0], camera.K)
 
 
 def _random_camera(seed: int) -> Camera:
