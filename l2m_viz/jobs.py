@@ -6,13 +6,17 @@ from pathlib import Path
 import torch
 
 from l2m_viz.data import atomic_write, read_image, remove_file, write_image
-from l2m_viz.errors import L2MError
+from l2m_viz.errors import FileFormatError, L2MError
 from l2m_viz.geometry import normalized_grid, sample_image, sample_warp
 from l2m_viz.lifting import sample_cameras
 from l2m_viz.matching import load_matcher
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
+from l2m_viz.show.pairs import contact_sheet
+from l2m_viz.training.shards import ShardReader, damaged_shards
+
+_SHEET_ROWS = 12  # of pairs under each other: more would not fit a screen
 
 
 def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: int) -> Iterator[str]:
@@ -62,3 +66,41 @@ def lift_to_folder(cfg: PhotoCfg, out: Path, views: int, seed: int) -> Iterator[
     gaussians.save(out / "gaussians.npz")
     pca.save(out / "pca.npz")
     yield f"{len(gaussians):,} Gaussians; files in {out}"
+
+
+def inspect_shards(source: Path, num: int, out: Path, verify: bool) -> Iterator[str]:
+    """Write a picture of some pairs of a shard, or of a folder of shards; yield what they are.
+
+    Raises:
+        FileFormatError: the shard is damaged or foreign; with ``verify``: any shard of the folder is.
+    """
+    if num < 1:
+        raise L2MError("inspect", expected="--num of at least 1", got=str(num))
+    reader = ShardReader(source)
+    if verify:
+        _require_whole(source, reader)
+        yield f"{source}: every byte of {len(reader)} pairs is as it was written"
+    positions = torch.linspace(0, len(reader) - 1, min(num, len(reader))).round().long().tolist()
+    records = [reader.record(position) for position in positions]
+    for record in records:
+        pair = record.pair
+        hw, overlap = tuple(pair.depth_A.shape), pair.overlap
+        yield f"pair {record.index}: {hw[0]}x{hw[1]}, overlap {overlap:.2f}, seed {pair.seed}, {record.photo}"
+    if records:
+        titles = [f"pair {record.index}\noverlap\n{record.pair.overlap:.0%}" for record in records]
+        pairs = [record.pair for record in records]
+        side_by_side = -(-len(pairs) // _SHEET_ROWS)
+        with atomic_write(out) as file:
+            file.write(figures.to_png(contact_sheet(pairs, titles, side_by_side=side_by_side)))
+    yield f"{len(reader)} pairs in {source}; picture of {len(records)} in {out}"
+
+
+def _require_whole(source: Path, reader: ShardReader) -> None:
+    if reader.index is None:
+        raise L2MError(
+            f"--verify {source}", expected="a folder", got="a shard", todo="its index has the hash"
+        )
+    if damage := damaged_shards(source):
+        got = ", ".join(f"{name} {what}" for name, what in damage.items())
+        todo = "`l2m synth` with the same settings and `--verify` makes damaged shards again"
+        raise FileFormatError(f"{source}", expected="whole shards", got=got, todo=todo)

@@ -5,10 +5,13 @@ numba's `workqueue` threading layer aborts the process when two threads enter pa
 `workqueue` for ever, calls take turns.
 """
 
+import ctypes
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,24 @@ def run_kernel(kernel: Callable[..., Any], *args: object) -> Any:  # noqa: ANN40
 def num_threads() -> int:
     """Number of threads a kernel called from here will use."""
     return numba.get_num_threads()
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, for the big tensors that come next.
+
+    glibc hands every block of more than 32 MB back to the system, which then zeroes each of its pages again: in training
+    and in dense matching on a CPU that takes as long as the work itself. For programs, not for libraries: it is called
+    by the command line, the app and by worker processes, never on import.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _layer() -> str | None:

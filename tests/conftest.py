@@ -22,3 +22,21 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def golden():
+    """Outputs of the official network's modules by name: arrays in.*, w.*, out.*."""
+    from pathlib import Path
+
+    import numpy as np
+
+    folder = Path(__file__).parents[2] / "shared" / "reference" / "golden"
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        if not (path := folder / f"{name}.npz").is_file():
+            pytest.skip(f"the official network's outputs are not here: {path}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return read

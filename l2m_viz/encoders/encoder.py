@@ -2,13 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from l2m_viz.data.images import resize_image
-from l2m_viz.errors import MissingError, ShapeError
+from l2m_viz.encoders import dinov2, weights as checkpoints
+from l2m_viz.encoders.dinov2 import DinoCfg, DinoViT
+from l2m_viz.encoders.imagenet import normalize_imagenet
+from l2m_viz.encoders.vgg import VGG19Pyramid
+from l2m_viz.encoders.weights import Checkpoint, load_strict, resolve_device
+from l2m_viz.errors import L2MError, MissingError, ShapeError
 
 
 class Encoder(ABC):
@@ -58,15 +65,74 @@ class DenseSift(Encoder):
             return sift(rgb_to_grayscale(image.permute(2, 0, 1)[None]))[0].permute(1, 2, 0).contiguous()
 
 
-_ENCODERS: dict[str, Callable[[], Encoder]] = {"dense-sift": DenseSift}
+class NetworkEncoder(Encoder):
+    """One level of a network whose weights learned from ImageNet-normalised images.
+
+    Attributes:
+        network: Gives the features (1, D, h, w) of normalised images (1, 3, H, W).
+    """
+
+    def __init__(
+        self, name: str, network: Callable[[Tensor], Tensor], stride: int, dim: int, device: torch.device
+    ) -> None:
+        self.name, self.network, self.stride, self.dim, self.device = name, network, stride, dim, device
+
+    def _encode(self, image: Float[Tensor, "H W 3"]) -> Tensor:
+        images = image.permute(2, 0, 1)[None].to(self.device)
+        with torch.no_grad():
+            features = self.network(normalize_imagenet(images))
+        return features[0].permute(1, 2, 0).float().cpu().contiguous()
 
 
-def load_encoder(name: str) -> Encoder:
+def _dense_sift(weights: str | Path | None, device: torch.device) -> Encoder:
+    if weights is not None:
+        raise L2MError("encoder 'dense-sift'", expected="no weights", got=str(weights), todo="leave them out")
+    return DenseSift()
+
+
+def _vgg19(weights: str | Path | None, device: torch.device) -> Encoder:
+    """The level at stride 8, the coarsest and most abstract of those that RoMa reads."""
+    with torch.device("meta"):
+        pyramid = VGG19Pyramid()
+    load_strict(pyramid, checkpoints.VGG19_BN.read(weights), "VGG19-bn").to(device).eval()
+    return NetworkEncoder("vgg19-bn", lambda images: pyramid(images)[8], 8, pyramid.channels[8], device)
+
+
+def _dinov2(
+    checkpoint: Checkpoint, cfg: DinoCfg, weights: str | Path | None, device: torch.device
+) -> Encoder:
+    with torch.device("meta"):
+        vit = DinoViT(cfg)
+    load_strict(vit, checkpoint.read(weights), checkpoint.name).to(device).eval()
+    return NetworkEncoder(checkpoint.name, vit, cfg.patch_size, cfg.dim, device)
+
+
+# Each is made from a file of weights (None: the published one) and a device.
+_ENCODERS: dict[str, Callable[[str | Path | None, torch.device], Encoder]] = {
+    "dense-sift": _dense_sift,
+    "vgg19-bn": _vgg19,
+    "dinov2-vits14": partial(_dinov2, checkpoints.DINOV2_VITS14, dinov2.DINOV2_VITS14),
+    "dinov2-vitb14": partial(_dinov2, checkpoints.DINOV2_VITB14, dinov2.DINOV2_VITB14),
+    "dinov2-vitl14": partial(_dinov2, checkpoints.DINOV2_VITL14, dinov2.DINOV2_VITL14),
+}
+
+
+def load_encoder(
+    name: str, weights: str | Path | None = None, device: str | torch.device = "auto"
+) -> Encoder:
     """Make an encoder by its name.
 
+    Args:
+        name: "dense-sift", "vgg19-bn", "dinov2-vits14", "dinov2-vitb14" or "dinov2-vitl14".
+        weights: A file of weights in the published format; None takes the published ones, which are downloaded at
+            first use.
+        device: Where it computes; "auto" is the GPU if torch sees one.
+
     Raises:
-        MissingError: there is no such encoder.
+        MissingError: there is no such encoder, or its weights are not here and cannot be fetched.
+        FileFormatError: the weights are damaged or another network's.
+        L2MError: this encoder has no weights.
     """
     if name not in _ENCODERS:
         raise MissingError(f"no encoder named '{name}'", expected=f"one of {', '.join(_ENCODERS)}")
-    return _ENCODERS[name]()
+    return _ENCODERS[name](weights, resolve_device(device))

@@ -9,6 +9,9 @@ from l2m_viz.errors import L2MError
 from l2m_viz.geometry import HW, normalized_grid, to_pixel
 from l2m_viz.matching.match import Match
 
+PCK_PX = (1, 3, 5, 10)
+"""Thresholds of the shares that `compare_with_truth` gives."""
+
 
 def end_point_error(
     warp: Float[Tensor, "*b 2"], warp_true: Float[Tensor, "*b 2"], hw_to: HW
@@ -75,22 +78,25 @@ def compare_with_truth(
     warp: Float[Tensor, "h w 2"],
     covisible: Bool[Tensor, "h w"],
     known: Bool[Tensor, "h w"],
+    right_px: float = float("inf"),
 ) -> dict[str, float]:
     """Judge a match by the exact warp of A.
 
-    ``epe_px`` is the median end-point error and ``pck1``, ``pck3``, ``pck5`` are shares, over the covisible pixels.
-    ``ap`` is the average precision of the certainty as a sign of covisibility, over the pixels whose truth is
-    ``known``. Without covisible pixels every figure is NaN.
+    ``epe_px`` is the median end-point error and ``pck1``, ``pck3``, ``pck5``, ``pck10`` are shares, over the covisible
+    pixels. ``ap`` is the average precision of the certainty as a sign that a pixel is covisible and its match wrong by
+    less than ``right_px``, over the pixels whose truth is ``known``; 0 if no match is right. Without covisible pixels
+    every figure is NaN.
     """
     matched, certainty = match.query(to_pixel(normalized_grid((warp.shape[0], warp.shape[1])), match.hw_A))
     error = (matched - to_pixel(warp, match.hw_B)).norm(dim=-1)
     seen = error[covisible]
     if len(seen) == 0:
-        return dict.fromkeys(("epe_px", "pck1", "pck3", "pck5", "ap"), float("nan"))
+        return dict.fromkeys(("epe_px", *(f"pck{threshold}" for threshold in PCK_PX), "ap"), float("nan"))
+    right = covisible & (error < right_px)
     return {
         "epe_px": seen.median().item(),
-        **{f"pck{threshold}": pck(seen, threshold) for threshold in (1, 3, 5)},
-        "ap": average_precision(certainty[known], covisible[known]),
+        **{f"pck{threshold}": pck(seen, threshold) for threshold in PCK_PX},
+        "ap": average_precision(certainty[known], right[known]) if right.any() else 0.0,
     }
 
 

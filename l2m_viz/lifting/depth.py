@@ -63,6 +63,9 @@ class Depth(Saved):
             )
         if self.kind not in ("metric", "relative"):
             raise L2MError("Depth kind", expected='"metric" or "relative"', got=repr(self.kind))
+        nearest, farthest = (value.item() for value in depth.aminmax())  # NaN if there is one
+        if valid.all() and 0 < nearest <= farthest < float("inf"):
+            return  # the usual case: nothing is masked and nothing is wrong
         if not valid.any():
             raise L2MError("Depth", expected="at least one valid pixel", got=f"0 of {valid.numel()}")
         usable = torch.isfinite(depth) & (depth > 0)
@@ -128,11 +131,11 @@ def depth_from_disparity(
     near, far = depth_range
     if not 0 < near < far < float("inf"):
         raise L2MError("depth_range", expected="0 < near < far, finite", got=f"({near:g}, {far:g})")
-    inverse_depth = (
-        scale * disparity.double() + shift
-    )  # float32 would cancel where scale and shift differ in sign
-    valid = torch.isfinite(inverse_depth) & (inverse_depth > 0)
-    depth = 1 / torch.where(valid, inverse_depth, torch.ones_like(inverse_depth)).clamp(1 / far, 1 / near)
+    # in double precision: float32 would cancel where scale and shift differ in sign
+    inverse_depth = disparity.to(torch.float64, copy=True).mul_(scale).add_(shift)
+    valid = (inverse_depth > 0) & (inverse_depth < float("inf"))
+    inverse_depth[~valid] = 1.0
+    depth = inverse_depth.clamp_(1 / far, 1 / near).reciprocal_()
     return Depth(depth.float(), valid, "relative", method)
 
 

@@ -1,5 +1,6 @@
 """Exact correspondence between two posed depth maps: where each pixel went, and whether the other camera sees it."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -14,6 +15,8 @@ from l2m_viz.geometry import (
     transform_points,
     unproject_depth,
 )
+from l2m_viz.lifting import _truth
+from l2m_viz.parallel import run_kernel
 
 
 def warp_from_depth(
@@ -45,6 +48,51 @@ def warp_from_depth(
     K_A, K_B, T_A_to_B = (
         value.to(depth_A.dtype) for value in (K_A, K_B, T_A_to_B)
     )  # calibrations come as float64
+    inputs = depth_A, K_A, depth_B, K_B, T_A_to_B, valid_A, valid_B
+    plain = depth_A.dtype == depth_B.dtype == torch.float32
+    plain &= not any(value.requires_grad or value.device.type != "cpu" for value in inputs)
+    return (_warp_numba if plain else _warp_torch)(*inputs, rel_depth_tol)
+
+
+def _warp_numba(
+    depth_A: Float[Tensor, "h_a w_a"],
+    K_A: Float[Tensor, "3 3"],
+    depth_B: Float[Tensor, "h_b w_b"],
+    K_B: Float[Tensor, "3 3"],
+    T_A_to_B: Float[Tensor, "4 4"],
+    valid_A: Bool[Tensor, "h_a w_a"],
+    valid_B: Bool[Tensor, "h_b w_b"],
+    rel_depth_tol: float,
+) -> tuple[Float[Tensor, "h_a w_a 2"], Bool[Tensor, "h_a w_a"]]:
+    """One pass in compiled code; ten times as fast as `_warp_torch` on one core."""
+    to_image = K_B.double().clone()
+    to_image[2] = torch.tensor([0.0, 0.0, 1.0])  # the third number is depth, whatever K's last row
+    rotation, translation = T_A_to_B[:3, :3].double(), T_A_to_B[:3, 3].double()
+    ray = to_image @ rotation @ torch.linalg.inv(K_A.double())
+    warp = np.empty((*depth_A.shape, 2), np.float32)
+    seen = np.empty(depth_A.shape, np.bool_)
+    arrays = (_array(depth_A), _array(valid_A), _array(ray.float()), _array((to_image @ translation).float()))
+    run_kernel(
+        _truth.warp_rows, *arrays, _array(depth_B), _array(valid_B), np.float32(rel_depth_tol), warp, seen
+    )
+    return torch.from_numpy(warp), torch.from_numpy(seen)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(value.numpy())
+
+
+def _warp_torch(
+    depth_A: Float[Tensor, "h_a w_a"],
+    K_A: Float[Tensor, "3 3"],
+    depth_B: Float[Tensor, "h_b w_b"],
+    K_B: Float[Tensor, "3 3"],
+    T_A_to_B: Float[Tensor, "4 4"],
+    valid_A: Bool[Tensor, "h_a w_a"],
+    valid_B: Bool[Tensor, "h_b w_b"],
+    rel_depth_tol: float,
+) -> tuple[Float[Tensor, "h_a w_a 2"], Bool[Tensor, "h_a w_a"]]:
+    """The same in plain torch: readable, and for GPUs, double precision and gradients."""
     hw_B = (depth_B.shape[0], depth_B.shape[1])
     points_in_B = transform_points(T_A_to_B, unproject_depth(torch.where(valid_A, depth_A, 1.0), K_A))
     points_px, depth_in_B = project(points_in_B, K_B)

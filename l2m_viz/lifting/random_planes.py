@@ -17,6 +17,7 @@ from l2m_viz.data.images import require_image, to_uint8
 from l2m_viz.geometry import HW
 
 Range = tuple[float, float]
+_FAR_BELOW = np.float32(10)  # disparities of planes and surface are between -1 and 2
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,29 @@ def random_planes_disparity(
     hw: HW = (image.shape[0], image.shape[1])
     rng = np.random.default_rng(int(torch.randint(0, 2**62, (), generator=generator)))
     labels, num = _segments(
-        to_uint8(image), int(rng.integers(*cfg.num_segments, endpoint=True)), cfg.working_side, rng
+        image.detach().cpu().numpy(),
+        int(rng.integers(*cfg.num_segments, endpoint=True)),
+        cfg.working_side,
+        rng,
     )
     smooth = _smooth(hw, rng)
     lifted = rng.random(num) < rng.uniform(*cfg.lifted_share)
-    # Plane a + b x + c y of each segment, x and y from -1/2 to 1/2 over the photo.
-    slopes = rng.uniform(-cfg.tilt, cfg.tilt, (num, 2)).astype(np.float32)
-    heights = rng.random(num, dtype=np.float32)
+    # Plane a + b x + c y of each segment, x and y from -1/2 to 1/2 over the photo; never above the surface if it stays.
+    slopes = rng.uniform(-cfg.tilt, cfg.tilt, (2, num)).astype(np.float32)
+    heights = np.where(lifted, rng.random(num, dtype=np.float32), -_FAR_BELOW)
     y, x = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5 for side in hw)
-    planes = heights[labels] + slopes[labels, 0] * x + slopes[labels, 1] * y[:, None]
-    disparity = np.where(lifted[labels], np.maximum(planes + 0.3 * smooth, smooth), smooth)
+    planes = slopes[0].take(labels)
+    planes *= x
+    planes += slopes[1].take(labels) * y[:, None]
+    planes += heights.take(labels)
+    planes += 0.3 * smooth
+    disparity = np.maximum(planes, smooth, out=planes)
     low, high = disparity.min(), disparity.max()
     farthest = rng.uniform(*cfg.farthest)
-    return torch.from_numpy(farthest + (1 - farthest) * (disparity - low) / max(high - low, 1e-6)).float()
+    disparity -= low
+    disparity *= (1 - farthest) / max(high - low, 1e-6)
+    disparity += farthest
+    return torch.from_numpy(disparity)
 
 
 def _segments(photo: np.ndarray, num: int, side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -71,8 +82,9 @@ def _segments(photo: np.ndarray, num: int, side: int, rng: np.random.Generator) 
     scale = min(1.0, side / max(height, width))
     small_wh = max(2, round(width * scale)), max(2, round(height * scale))
     small = cv2.GaussianBlur(cv2.resize(photo, small_wh, interpolation=cv2.INTER_AREA), (0, 0), 1.0)
+    small = to_uint8(torch.from_numpy(small))  # the watershed wants bytes
     seeds = np.zeros(small.shape[:2], np.int32)
-    places = rng.permutation(seeds.size)[:num]
+    places = rng.choice(seeds.size, min(num, seeds.size), replace=False)
     seeds.flat[places] = np.arange(1, len(places) + 1)
     labels = cv2.watershed(small, seeds)
     border = labels <= 0  # the watershed draws a line between segments, and round the picture
@@ -81,13 +93,19 @@ def _segments(photo: np.ndarray, num: int, side: int, rng: np.random.Generator) 
         grown = cv2.dilate(labels.astype(np.float32), kernel).astype(np.int32)
         labels = np.where(border, np.maximum(grown, labels), labels)
         border = labels <= 0
-    full = cv2.resize(labels.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
-    return full.astype(np.int32) - 1, len(places)
+    full = cv2.resize(labels - 1, (width, height), interpolation=cv2.INTER_NEAREST)
+    return full, len(places)
 
 
 def _smooth(hw: HW, rng: np.random.Generator) -> np.ndarray:
     """A few soft hills, and most often a ground that comes nearer downwards; 0 to 1."""
-    hills = cv2.resize(rng.random((4, 4), dtype=np.float32), (hw[1], hw[0]), interpolation=cv2.INTER_CUBIC)
-    ground = np.linspace(0, 1, hw[0], dtype=np.float32)[:, None] * rng.uniform(-0.3, 1.5)
-    surface = hills * rng.uniform(0.1, 0.8) + ground
-    return (surface - surface.min()) / max(float(np.ptp(surface)), 1e-6)
+    # Bicubic enlargement is linear and separable: each side's share of it, as a matrix, is that of the unit vectors.
+    down, across = (
+        cv2.resize(np.eye(4, dtype=np.float32), (4, side), interpolation=cv2.INTER_CUBIC) for side in hw
+    )
+    surface = down @ (rng.random((4, 4), dtype=np.float32) * rng.uniform(0.1, 0.8)) @ across.T
+    surface += np.linspace(0, 1, hw[0], dtype=np.float32)[:, None] * rng.uniform(-0.3, 1.5)
+    low, high = surface.min(), surface.max()
+    surface -= low
+    surface /= max(high - low, 1e-6)
+    return surface

@@ -4,12 +4,13 @@ One vertex a pixel, at the pixel's centre; two triangles a quad; no triangle acr
 photo says nothing about what lies between. World coordinates are those of the photo's own camera.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from l2m_viz.data.files import Saved
@@ -71,12 +72,23 @@ class LiftedScene(Saved):
     @cached_property
     def unit(self) -> float:
         """The scene's own length: the 2nd percentile of its valid depth. Camera moves are multiples of it."""
-        return float(np.percentile(self.depth[self.valid_mask].numpy(), 2))
+        return _percentile(self.depth[self.valid_mask].numpy(), 2)
 
     @property
     def camera(self) -> Camera:
         """The photo's own camera, at the origin of the world."""
         return Camera(self.K, torch.eye(4), width=self.hw[1], height=self.hw[0])
+
+    @property
+    def own_view(self) -> View:
+        """The photo itself, as the view from its own camera; unknown depth counts as a hole, with its colour kept."""
+        return View(
+            self.camera,
+            self.image,
+            self.depth,
+            hole_mask=~self.valid_mask,
+            inpainted_mask=torch.zeros_like(self.valid_mask),
+        )
 
     def render(self, camera: Camera) -> View:
         """Render colour, depth and holes with a z-buffer, perspective-correct.
@@ -159,18 +171,29 @@ def lift(
 def _triangles(
     depth: Float[Tensor, "h w"], valid: Bool[Tensor, "h w"], cfg: MeshCfg
 ) -> tuple[Bool[Tensor, "quads_y quads_x 2"], Bool[Tensor, "h w"]]:
-    corners = {  # a b / c d of every quad
-        "a": (slice(None, -1), slice(None, -1)),
-        "b": (slice(None, -1), slice(1, None)),
-        "c": (slice(1, None), slice(None, -1)),
-        "d": (slice(1, None), slice(1, None)),
-    }
-    keep, cut_mask = [], torch.zeros_like(valid)
-    for names in ("abc", "bdc"):
-        z = torch.stack([depth[corners[name]] for name in names])  # [3 h-1 w-1]
-        known = torch.stack([valid[corners[name]] for name in names]).all(dim=0)
-        one_surface = z.amax(dim=0) <= cfg.max_depth_ratio * z.amin(dim=0)
-        keep.append(known & one_surface)
-        for name in names:
-            cut_mask[corners[name]] |= known & ~one_surface
-    return torch.stack(keep, dim=-1), cut_mask
+    a, b, c, d = _corners(depth)
+    known_a, known_b, known_c, known_d = _corners(valid)
+    near, far, known = torch.minimum(b, c), torch.maximum(b, c), known_b & known_c  # of the shared diagonal
+    keep, cut_mask = torch.empty((*a.shape, 2), dtype=torch.bool), torch.zeros_like(valid)
+    cut_a, cut_b, cut_c, cut_d = _corners(cut_mask)
+    for side, (z, is_known, cut) in enumerate(((a, known_a, cut_a), (d, known_d, cut_d))):
+        exists = known & is_known
+        one_surface = torch.maximum(far, z) <= torch.minimum(near, z).mul_(cfg.max_depth_ratio)
+        torch.logical_and(exists, one_surface, out=keep[..., side])
+        across = exists.logical_and_(one_surface.logical_not_())
+        for beside in (cut, cut_b, cut_c):
+            beside.logical_or_(across)
+    return keep, cut_mask
+
+
+def _corners(values: Shaped[Tensor, "h w"]) -> tuple[Shaped[Tensor, "quads_y quads_x"], ...]:
+    """What the corners a b / c d of every quad have, as views."""
+    return values[:-1, :-1], values[:-1, 1:], values[1:, :-1], values[1:, 1:]
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    """Do what `np.percentile` does, which sorts more than it has to: several times as fast."""
+    place = percent / 100 * (len(values) - 1)
+    ranks = math.floor(place), math.ceil(place)
+    low, high = np.partition(values, ranks)[list(ranks)].tolist()
+    return low + (high - low) * (place - ranks[0])

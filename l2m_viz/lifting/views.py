@@ -37,6 +37,8 @@ class ViewSamplerCfg:
     dolly: Range = (0.4, 0.8)
     # Each component of the axis-angle rotation vector.
     rotation_deg: Range = (5.0, 10.0)
+    # In-plane rotation after the others, up to 180; photos held upright, as the paper's, have none.
+    roll_deg: Range = (0.0, 0.0)
 
 
 def sample_intrinsics(
@@ -52,7 +54,8 @@ def sample_cameras(
 ) -> list[Camera]:
     """Draw n cameras around the photo's own, with its intrinsics and size.
 
-    A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``.
+    A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``; if there is a roll, the
+    camera then turns about its own axis.
     """
     cfg = cfg or ViewSamplerCfg()
     if n < 0:
@@ -66,6 +69,10 @@ def sample_cameras(
     for _ in range(n):
         rotation = rotation_from_axis_angle(draw(cfg.rotation_deg, 3) * math.pi / 180)
         translation = torch.cat([draw(cfg.shift, 2), draw(cfg.dolly, 1)]) * scene.unit
+        if cfg.roll_deg[1] > 0:
+            roll = torch.cat([torch.zeros(2), draw(cfg.roll_deg, 1) * math.pi / 180])
+            turn = rotation_from_axis_angle(roll)
+            rotation, translation = turn @ rotation, turn @ translation
         pose = pose_from_rotation(rotation, translation)
         cameras.append(Camera(scene.K, pose, width=scene.hw[1], height=scene.hw[0]))
     return cameras

@@ -1,6 +1,6 @@
 """Matchers that need no weights: DIS optical flow and RootSIFT, behind the same `Match` as the networks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -14,7 +14,6 @@ from l2m_viz.geometry import (
     HW,
     from_integer_centers,
     inside_image,
-    pixel_grid,
     sample_image,
     to_normalized,
     to_pixel,
@@ -22,6 +21,7 @@ from l2m_viz.geometry import (
 )
 from l2m_viz.matching.match import Match
 from l2m_viz.matching.matcher import Matcher
+from l2m_viz.matching.sparse import SpreadCfg, match_from_keypoints
 
 
 class DisMatcher(Matcher):
@@ -106,7 +106,7 @@ class SiftMatcher(Matcher):
     """RootSIFT (Lowe 2004; Arandjelovic, Zisserman 2012) with mutual nearest neighbours and the ratio test.
 
     Sparse: `Match.sample` returns its own sub-pixel keypoints, and the dense warp moves every pixel as the nearest
-    keypoint, with a certainty that falls to 0 at ``reach_px``.
+    keypoint, with a certainty that falls to 0 at ``spread.reach_px``.
     """
 
     name = "sift"
@@ -119,11 +119,7 @@ class SiftMatcher(Matcher):
         max_keypoints: int = 4096
         # Best over second-best distance above which a match is ambiguous (Lowe's value).
         max_ratio: float = 0.8
-        reach_px: float = 32.0
-        # ... but in a small image no farther than this share of its long side.
-        max_reach: float = 0.1
-        # The dense warp is piecewise constant: more pixels than this would hold nothing new.
-        warp_max_side: int = 512
+        spread: SpreadCfg = field(default_factory=SpreadCfg)
 
     def __init__(self, cfg: Cfg | None = None) -> None:
         self.cfg = cfg or self.Cfg()
@@ -136,12 +132,9 @@ class SiftMatcher(Matcher):
         index_A, index_B, ratio = self._pair_up(descriptors_A, descriptors_B)
         points_A, points_B = points_A[index_A], points_B[index_B]
         zoom = (sizes_B[index_B] / sizes_A[index_A]).median().item() if len(index_A) else 1.0
-        warp_A, certainty_A = self._spread(points_A, points_B, hw_A, hw_B, zoom)
-        warp_B, certainty_B = self._spread(points_B, points_A, hw_B, hw_A, 1 / zoom)
-        return Match(
-            warp_A, certainty_A, warp_B, certainty_B, hw_A, hw_B, matcher=self.name,
-            keypoints_A=points_A, keypoints_B=points_B, keypoint_certainty=1 - ratio,
-        )  # fmt: skip
+        return match_from_keypoints(
+            points_A, points_B, 1 - ratio, hw_A, hw_B, matcher=self.name, zoom=zoom, cfg=self.cfg.spread
+        )
 
     def _detect(
         self, image: Float[Tensor, "h w 3"]
@@ -168,24 +161,6 @@ class SiftMatcher(Matcher):
         mutual = distance.argmin(dim=0)[index_B[:, 0]] == torch.arange(len(a))
         keep = mutual & (ratio < self.cfg.max_ratio)
         return keep.nonzero()[:, 0], index_B[keep, 0], ratio[keep]
-
-    def _spread(
-        self, points: Float[Tensor, "n 2"], partners: Float[Tensor, "n 2"], hw: HW, hw_to: HW, zoom: float
-    ) -> tuple[Float[Tensor, "h w 2"], Float[Tensor, "h w"]]:
-        """Move every pixel as the nearest keypoint; ``zoom`` is the pixels of the other image to one of this."""
-        scale = min(1.0, self.cfg.warp_max_side / max(hw))
-        small: HW = (max(1, round(hw[0] * scale)), max(1, round(hw[1] * scale)))
-        grid = to_pixel(to_normalized(pixel_grid(small), small), hw)  # original pixels
-        if len(points) == 0:
-            return to_normalized(grid, hw), torch.zeros(small)
-        from scipy.spatial import KDTree
-
-        distance_px, nearest = KDTree(points.numpy()).query(grid.numpy())
-        nearest = torch.from_numpy(nearest)
-        target = partners[nearest] + zoom * (grid - points[nearest])
-        reach_px = min(self.cfg.reach_px, self.cfg.max_reach * max(hw))
-        certainty = (1 - torch.from_numpy(distance_px).float() / reach_px).clamp(min=0)
-        return to_normalized(target, hw_to).clamp(-1, 1), certainty
 
 
 _MIN_SIDE = 16  # px; DIS's coarsest patches do not fit into less

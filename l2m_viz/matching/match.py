@@ -2,11 +2,12 @@
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,13 +23,15 @@ from l2m_viz.geometry import (
     to_normalized,
     to_pixel,
 )
+from l2m_viz.parallel import run_kernel
 
 Direction = Literal["A_to_B", "B_to_A"]
 
 _MIN_CERTAINTY = 0.05  # below it a pixel is never sampled (RoMa's sample threshold)
 _OVERSAMPLING = 4  # draw this many times the wanted number by certainty, then thin by density (RoMa, DKM)
 _DENSITY_SIGMA = 0.1  # of the Gaussian kernel over (xA, yA, xB, yB) in normalised units (RoMa)
-_DENSITY_POINTS = 2000  # the density is estimated from this many of the draws: memory and time stay linear
+_DENSITY_REACH = 4.5 * _DENSITY_SIGMA  # what lies beyond adds less than a 20,000th part of itself
+_DENSITY_EXACT = 2048  # draws up to which every pair of them is looked at
 _LONELY = 10  # draws with fewer neighbours than this are probably wrong and are taken last (RoMa)
 
 
@@ -42,6 +45,33 @@ class Matches(Saved):
 
     def __len__(self) -> int:
         return len(self.certainty)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a matching network said, at its own resolution.
+
+    Attributes:
+        stride: Pixels of the network's input to a cell.
+        warp_A_to_B: Absolute normalised position in B of every cell of A after this stage.
+        certainty_A_to_B: Probability that it is right, so far.
+        warp_B_to_A: The other direction.
+        certainty_B_to_A: The other direction.
+        displacement: What a refiner added to ``warp_A_to_B``, normalised; None at the coarse stage.
+        displacement_B_to_A: The other direction.
+        anchor_probs: Probability of each of the gh x gw anchors in B, at the coarse stage only.
+        anchor_probs_B_to_A: The other direction.
+    """
+
+    stride: int
+    warp_A_to_B: Float[Tensor, "ha wa 2"]
+    certainty_A_to_B: Float[Tensor, "ha wa"]
+    warp_B_to_A: Float[Tensor, "hb wb 2"]
+    certainty_B_to_A: Float[Tensor, "hb wb"]
+    displacement: Float[Tensor, "ha wa 2"] | None = None
+    displacement_B_to_A: Float[Tensor, "hb wb 2"] | None = None
+    anchor_probs: Float[Tensor, "ha wa gh gw"] | None = None
+    anchor_probs_B_to_A: Float[Tensor, "hb wb gh2 gw2"] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class Match(Saved):
         keypoints_A: A sparse matcher's own sub-pixel keypoints in original pixels of A, else None.
         keypoints_B: Their partners in B.
         keypoint_certainty: Their certainties.
+        stages: How a network came to it, coarse first; empty unless asked for, and not saved.
 
     Raises:
         ShapeError: a warp is not (h, w, 2), its certainty not (h, w), or an image size not two positive numbers.
@@ -75,6 +106,7 @@ class Match(Saved):
     keypoints_A: Float[Tensor, "n 2"] | None = None
     keypoints_B: Float[Tensor, "n 2"] | None = None
     keypoint_certainty: Float[Tensor, " n"] | None = None
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         for side in ("A_to_B", "B_to_A"):
@@ -88,6 +120,14 @@ class Match(Saved):
             hw = getattr(self, name)
             if len(hw) != 2 or not all(isinstance(side, int) and side > 0 for side in hw):
                 raise ShapeError(f"Match.{name}", expected="(H, W) in px, both > 0", got=repr(hw))
+
+    def save(self, path: str | Path) -> None:
+        """Write every field but the stages, which are large and for looking at."""
+        Saved.save(replace(self, stages=()), path)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes, to be put inside another file."""
+        return Saved.to_bytes(replace(self, stages=()))
 
     def query(
         self, points: Float[Tensor, "*n 2"], direction: Direction = "A_to_B"
@@ -137,7 +177,7 @@ class Match(Saved):
             return Matches(self.keypoints_A[best], self.keypoints_B[best], self.keypoint_certainty[best])
         pairs, certainty = self._candidates
         drawn = _draw(certainty, _OVERSAMPLING * num, generator)
-        density = _density(pairs[drawn], generator)
+        density = _density(pairs[drawn])
         balance = torch.where(density < _LONELY, 1e-7, 1 / (density + 1))
         drawn = drawn[_draw(balance, num, generator)]
         points_A, points_B = to_pixel(pairs[drawn, :2], self.hw_A), to_pixel(pairs[drawn, 2:], self.hw_B)
@@ -206,14 +246,36 @@ def _draw(weights: Float[Tensor, " n"], num: int, generator: torch.Generator | N
     return keys.topk(min(num, len(weights))).indices
 
 
-def _density(pairs: Float[Tensor, "n 4"], generator: torch.Generator | None) -> Float[Tensor, " n"]:
-    """Number of other draws near each one, with a Gaussian kernel, estimated from a random part of the draws."""
-    if len(pairs) == 0:
-        return pairs.new_zeros(0)
-    chosen = pairs[torch.randperm(len(pairs), generator=generator)[:_DENSITY_POINTS]]
+def _density(pairs: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]:
+    """Number of draws near each one (itself is one), with a Gaussian kernel."""
+    return _exact_density(pairs) if len(pairs) <= _DENSITY_EXACT else _truncated_density(pairs)
+
+
+def _exact_density(pairs: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]:
+    """The sum over all draws: time is quadratic, memory is not."""
     density = [
         # below -30 nothing counts, and exp would return denormal numbers, which are slow to make and to add
-        torch.cdist(block, chosen).square_().mul_(-0.5 / _DENSITY_SIGMA**2).clamp_(min=-30).exp_().sum(dim=1)
-        for block in pairs.split(8192)
+        torch.cdist(block, pairs).square_().mul_(-0.5 / _DENSITY_SIGMA**2).clamp_(min=-30).exp_().sum(dim=1)
+        for block in pairs.split(512)
     ]
-    return torch.cat(density) * (len(pairs) / len(chosen))
+    return torch.cat(density) if density else pairs.new_zeros(0)
+
+
+def _truncated_density(pairs: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]:
+    """The sum over the draws within reach, found through square cells over image A."""
+    from l2m_viz.matching import _density
+
+    reach = 2  # cells; smaller ones follow the circle better, and cost more to walk through
+    cells = int(2 * reach / _DENSITY_REACH)
+    column, row = ((pairs[:, :2] + 1) * (cells / 2)).long().clamp(0, cells - 1).unbind(dim=1)
+    cell = row * cells + column
+    order = cell.argsort()
+    starts = torch.searchsorted(cell[order], torch.arange(cells * cells + 1))
+    columns = pairs[order].T.contiguous()
+    precision = 0.5 / _DENSITY_SIGMA**2
+    density = torch.empty(len(pairs))
+    run_kernel(
+        _density.sum_gaussians, *columns.numpy(), starts.numpy(), cells, reach,
+        np.float32(precision), np.float32(precision * _DENSITY_REACH**2), density.numpy(),
+    )  # fmt: skip
+    return torch.empty_like(density).scatter_(0, order, density)

@@ -1,6 +1,7 @@
 """What every matcher is: two images in, a `Match` out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import overload
 
 import torch
@@ -11,6 +12,8 @@ from l2m_viz.data.images import ImageSource, read_image
 from l2m_viz.errors import ShapeError
 from l2m_viz.matching.match import Match
 
+ImagePair = tuple[Tensor, Tensor]  # decoded, (H, W, 3)
+
 
 class Matcher(ABC):
     """Base of all matchers. Images may be paths, bytes, PIL images, arrays or tensors (see `read_image`)."""
@@ -18,28 +21,59 @@ class Matcher(ABC):
     name: str
 
     @overload
-    def match(self, image_A: list[ImageSource], image_B: list[ImageSource]) -> list[Match]: ...
-    @overload
-    def match(self, image_A: ImageSource, image_B: ImageSource) -> Match: ...
     def match(
-        self, image_A: ImageSource | list[ImageSource], image_B: ImageSource | list[ImageSource]
+        self,
+        image_A: list[ImageSource],
+        image_B: list[ImageSource],
+        generator: torch.Generator | None = None,
+        stages: bool = False,
+    ) -> list[Match]: ...
+    @overload
+    def match(
+        self,
+        image_A: ImageSource,
+        image_B: ImageSource,
+        generator: torch.Generator | None = None,
+        stages: bool = False,
+    ) -> Match: ...
+    def match(
+        self,
+        image_A: ImageSource | list[ImageSource],
+        image_B: ImageSource | list[ImageSource],
+        generator: torch.Generator | None = None,
+        stages: bool = False,
     ) -> Match | list[Match]:
         """Match two images, or two lists of images pair by pair, with the same result as one at a time.
+
+        Args:
+            image_A: One image or a list.
+            image_B: As many.
+            generator: For matchers that draw random numbers; those of this package do not.
+            stages: Keep what each stage of a network said in `Match.stages`; other matchers have none.
 
         Raises:
             ImageError: an input is not a readable image.
             ShapeError: the two lists differ in length.
         """
         if not isinstance(image_A, list) and not isinstance(image_B, list):
-            with torch.no_grad():
-                return self._match_pair(read_image(image_A), read_image(image_B))
+            return next(self._match_all(iter([(image_A, image_B)]), stages))
         if not isinstance(image_A, list) or not isinstance(image_B, list):
             raise ShapeError("match", expected="two images or two lists of images", got="one of each")
         if len(image_A) != len(image_B):
             raise ShapeError(
                 "match", expected="lists of one length", got=f"{len(image_A)} and {len(image_B)}"
             )
-        return [self.match(a, b) for a, b in zip(image_A, image_B, strict=True)]
+        return list(self._match_all(zip(image_A, image_B, strict=True), stages))
+
+    def _match_all(self, sources: Iterator[tuple[ImageSource, ImageSource]], stages: bool) -> Iterator[Match]:
+        """Read and match pair by pair: a long list of photos is never in memory at once."""
+        with torch.no_grad():
+            yield from self._match_pairs(((read_image(a), read_image(b)) for a, b in sources), stages)
+
+    def _match_pairs(self, pairs: Iterator[ImagePair], stages: bool) -> Iterator[Match]:
+        """Match decoded pairs in order; a matcher with batches or stages does more than this."""
+        del stages
+        return (self._match_pair(image_A, image_B) for image_A, image_B in pairs)
 
     @abstractmethod
     def _match_pair(self, image_A: Float[Tensor, "ha wa 3"], image_B: Float[Tensor, "hb wb 3"]) -> Match:

@@ -1,45 +1,162 @@
-"""Which matchers there are, and how to get one."""
+"""Which matchers there are, what each needs, and how to get one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-from l2m_viz.errors import MissingError
+import torch
+
+from l2m_viz.encoders.weights import Checkpoint, resolve_device
+from l2m_viz.errors import L2MError, MissingError
+from l2m_viz.geometry import HW
+from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
 from l2m_viz.matching.matcher import Matcher
+from l2m_viz.matching.weights import CHECKPOINTS, load_published
 
 
 @dataclass(frozen=True)
 class MatcherInfo:
-    """One line of `list_matchers`."""
+    """One line of `list_matchers`.
+
+    Attributes:
+        name: For `load_matcher`.
+        kind: "dense" or "sparse".
+        summary: What it is, in one line.
+        available: Whether it runs here and now, without a download.
+        needs: What is missing and how to get it; empty if nothing is.
+    """
 
     name: str
-    kind: str  # "dense" or "sparse"
+    kind: str
     summary: str
+    available: bool = True
+    needs: str = ""
 
 
-_MATCHERS: dict[str, tuple[MatcherInfo, Callable[[], Matcher]]] = {
-    info.name: (info, make)
-    for info, make in (
-        (MatcherInfo("dis", "dense", "DIS optical flow both ways: small motion, sub-pixel"), DisMatcher),
-        (
-            MatcherInfo("sift", "sparse", "RootSIFT, mutual nearest neighbours, ratio test: textured scenes"),
-            SiftMatcher,
+@dataclass(frozen=True)
+class _Options:
+    """What a user may choose; None leaves the choice to the matcher."""
+
+    weights: str | Path | None
+    backbone_weights: str | Path | None
+    resolution: HW | None
+    upsample_resolution: HW | None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: str
+    summary: str
+    load: Callable[[_Options, torch.device], Matcher]
+    takes: tuple[str, ...] = ()  # names of the options that mean something to it
+    files: tuple[Checkpoint, ...] = ()  # what must be on this machine
+
+
+def _dense(name: str, summary: str) -> _Entry:
+    """A published network of RoMa's kind."""
+    checkpoint = CHECKPOINTS[name]
+
+    def load(options: _Options, device: torch.device) -> Matcher:
+        from l2m_viz.matching.dense import DenseMatcher
+
+        cfg = DenseMatcher.Cfg(
+            resolution=options.resolution or checkpoint.resolution,
+            upsample_resolution=options.upsample_resolution or checkpoint.upsample_resolution,
+            imagenet_normalised=checkpoint.imagenet_normalised,
+        )
+        network = load_published(name, options.weights, options.backbone_weights)
+        return DenseMatcher(name, network, cfg, device)
+
+    takes = tuple(field.name for field in fields(_Options))
+    return _Entry("dense", summary, load, takes, (checkpoint.decoder, checkpoint.backbone))
+
+
+_PAIR = ("weights", "backbone_weights")
+
+# A matcher of the package's own goes at the head of its kind; what it is loaded from, into `files`.
+_MATCHERS: dict[str, _Entry] = {
+    "dis": _Entry("dense", "DIS optical flow both ways: small motion, sub-pixel", lambda *_: DisMatcher()),
+    "l2m++": _dense("l2m++", "L2M++ (2026): RoMa's network, trained on lifted single images and videos"),
+    "l2m++-v2": _dense("l2m++-v2", "L2M++, second version"),
+    "roma-outdoor": _dense(
+        "roma-outdoor", "RoMa (CVPR 2024), trained on MegaDepth: landmarks, wide baselines"
+    ),
+    "roma-indoor": _dense("roma-indoor", "RoMa (CVPR 2024), trained on ScanNet: rooms"),
+    "sift": _Entry(
+        "sparse", "RootSIFT, mutual nearest neighbours, ratio test: textured scenes", lambda *_: SiftMatcher()
+    ),
+    "loftr": _Entry(
+        "sparse",
+        "LoFTR (CVPR 2021) for outdoor scenes: also where there is little texture",
+        lambda options, device: sparse.load_loftr(options.weights, device),
+        ("weights",),
+        (sparse.LOFTR_OUTDOOR,),
+    ),
+    "disk-lightglue": _Entry(
+        "sparse",
+        "DISK keypoints and LightGlue (ICCV 2023): fast, wide baselines",
+        lambda options, device: sparse.load_disk_lightglue(options.weights, options.backbone_weights, device),
+        _PAIR,
+        (sparse.DISK_LIGHTGLUE, sparse.DISK_DEPTH),
+    ),
+    "aliked-lightglue": _Entry(
+        "sparse",
+        "ALIKED keypoints and LightGlue (ICCV 2023): fast, sub-pixel",
+        lambda options, device: sparse.load_aliked_lightglue(
+            options.weights, options.backbone_weights, device
         ),
-    )
+        _PAIR,
+        (sparse.ALIKED_LIGHTGLUE, sparse.ALIKED_N16),
+    ),
 }
 
 
 def list_matchers() -> list[MatcherInfo]:
-    """All matchers that run here and now."""
-    return [info for info, _ in _MATCHERS.values()]
+    """All matchers, those that run here and now and those that need files first; nothing is loaded or fetched."""
+    return [
+        MatcherInfo(name, entry.kind, entry.summary, not (needs := _needs(entry)), needs)
+        for name, entry in _MATCHERS.items()
+    ]
 
 
-def load_matcher(name: str) -> Matcher:
+def load_matcher(
+    name: str,
+    device: str | torch.device = "auto",
+    weights: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
+    resolution: HW | None = None,
+    upsample_resolution: HW | None = None,
+) -> Matcher:
     """Make a matcher by its name.
 
+    Args:
+        name: One of those that `list_matchers` names.
+        device: Where its network runs; "auto" is the GPU if torch sees one.
+        weights: A file of weights in the published format; None takes the published ones, which are downloaded at
+            first use.
+        backbone_weights: The same of the DINOv2 of a dense network, or of the keypoint detector of a sparse one.
+        resolution: Size (H, W) that a dense network works at; None takes its authors'.
+        upsample_resolution: Size (H, W) of its second pass.
+
     Raises:
-        MissingError: there is no such matcher.
+        MissingError: there is no such matcher, or its weights are not here and cannot be fetched.
+        FileFormatError: the weights are damaged, or another network's.
+        L2MError: an option means nothing to this matcher.
     """
     if name not in _MATCHERS:
         raise MissingError(f"no matcher named '{name}'", expected=f"one of {', '.join(_MATCHERS)}")
-    return _MATCHERS[name][1]()
+    entry = _MATCHERS[name]
+    options = _Options(weights, backbone_weights, resolution, upsample_resolution)
+    for field in fields(options):
+        if getattr(options, field.name) is not None and field.name not in entry.takes:
+            expected = (
+                f"of these options only {', '.join(entry.takes)}" if entry.takes else "none of these options"
+            )
+            raise L2MError(f"matcher '{name}'", expected=expected, got=field.name, todo="leave it out")
+    return entry.load(options, resolve_device(device))
+
+
+def _needs(entry: _Entry) -> str:
+    absent = [file.where() for file in entry.files if file.find() is None]
+    return f"fetched at first use: {'; '.join(absent)}" if absent else ""

@@ -1,30 +1,37 @@
 """Training pairs from single photos: lift, look from elsewhere, and know where every pixel went.
 
 The first view is the photo itself, the second a render of its mesh; correspondence comes from the two depth maps, both
-ways. A pair is made from a seed, so any pair can be made again from its photo.
+ways. Light changes colours only, and filled holes stay holes: neither touches the correspondence. A pair is made from a
+seed, so any pair can be made again from its photo.
 """
 
+import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from l2m_viz.data.files import Saved
-from l2m_viz.data.images import require_image, resize_image
+from l2m_viz.data.images import read_image, require_image, resize_image
 from l2m_viz.errors import L2MError, ShapeError
-from l2m_viz.geometry import HW
+from l2m_viz.geometry import HW, invert_pose
 from l2m_viz.lifting import (
+    FILL_METHODS,
     LiftedScene,
+    RelightCfg,
     View,
     ViewSamplerCfg,
-    estimate_depth,
     fill_holes,
-    lift,
     sample_cameras,
     sample_intrinsics,
+    sample_lighting,
+    shade,
     warp_from_depth,
 )
+from l2m_viz.lifting.synthesis import NothingButSkyError, lift_photo
 
 Range = tuple[float, float]
 
@@ -41,14 +48,40 @@ class PairCfg:
     views: ViewSamplerCfg = field(default_factory=ViewSamplerCfg)
     # The curriculum's position: 0 hardly moves the camera, 1 is the paper's range, more is extreme.
     difficulty: float = 1.0
+    # Share of the pairs whose second camera rolls, where `views.roll_deg` has a range.
+    p_roll: float = 1.0
     # Side of the crop over the largest crop of the right shape.
     crop: Range = (0.6, 1.0)
+    # How the sky is found and left out, see `sky_mask`; None leaves it in.
+    sky: str | None = None
     # How holes are filled, see `fill_holes`; "background" needs another photo.
     holes: str = "none"
+    # Share of the pairs whose holes are filled; those of the others stay black.
+    p_fill: float = 1.0
+    # Share of the pairs that get another light, and of these the share whose two views get different ones.
+    p_relight: float = 0.0
+    p_relight_apart: float = 0.5
+    # Ranges of that light.
+    relight: RelightCfg = field(default_factory=RelightCfg)
     # Covisible share that both views must have; after each miss the camera moves less.
     min_overlap: float = 0.15
     # Agreement of depths at which two points are one.
     rel_depth_tol: float = 0.05
+
+    def __post_init__(self) -> None:
+        if min(self.hw) < 2:
+            raise ShapeError("PairCfg hw", expected="at least 2x2 px", got=str(self.hw))
+        if not 0 <= self.difficulty < math.inf:
+            raise L2MError("PairCfg difficulty", expected="a number >= 0", got=f"{self.difficulty:g}")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise L2MError("PairCfg crop", expected="0 < low <= high <= 1", got=str(self.crop))
+        if self.holes not in FILL_METHODS:
+            expected = "one of " + ", ".join(f'"{name}"' for name in FILL_METHODS)
+            raise L2MError("PairCfg holes", expected=expected, got=repr(self.holes))
+        for name in ("p_roll", "p_fill", "p_relight", "p_relight_apart"):
+            if not 0 <= getattr(self, name) <= 1:
+                got = f"{getattr(self, name):g}"
+                raise L2MError(f"PairCfg {name}", expected="a probability, 0 to 1", got=got)
 
 
 @dataclass(frozen=True)
@@ -101,6 +134,30 @@ class Pair(Saved):
         return min(shares)
 
 
+class NoPairError(L2MError):
+    """These settings allow no pair from this photo."""
+
+
+def read_photo(path: str | Path, cfg: PairCfg | None = None) -> Float[Tensor, "h w 3"]:
+    """Read a photo for pairs; a JPEG much larger than they need is decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Every crop that `make_pair` may take still has at least the pixels of the pair.
+
+    Raises:
+        ImageError: no such file, or not a readable picture.
+    """
+    cfg, path = cfg or PairCfg(), Path(path)
+    side = math.ceil(max(cfg.hw) / cfg.crop[0])  # of both sides: EXIF may turn the picture
+    try:
+        if path.is_file():
+            with JpegImageFile(path) as picture:
+                picture.draft(None, (side, side))
+                return read_image(picture)
+    except Exception:  # another format or damaged: below is who can tell, and says it in the user's words
+        return read_image(path)
+    return read_image(path)
+
+
 def make_pair(
     image: Float[Tensor, "h w 3"],
     cfg: PairCfg | None = None,
@@ -120,34 +177,28 @@ def make_pair(
 
     Raises:
         ImageError: the photo is not float with values in [0, 1].
-        ShapeError: the pair's size has no room for a mesh.
-        L2MError: a negative difficulty, or an overlap that cannot be reached even at rest.
+        L2MError: a background is missing, or given where none is needed.
+        NoPairError: an overlap that cannot be reached even at rest, or nothing but sky.
     """
     cfg = cfg or PairCfg()
     require_image("make_pair", image)
-    if min(cfg.hw) < 2:
-        raise ShapeError("make_pair", expected="at least 2x2 px", got=str(cfg.hw))
-    if not 0 <= cfg.difficulty < float("inf"):
-        raise L2MError("make_pair", expected="difficulty >= 0", got=f"{cfg.difficulty:g}")
+    if (background is None) == (cfg.holes == "background"):
+        expected, got = ("another photo", "none") if background is None else ("none", "a photo")
+        raise L2MError(f'make_pair holes="{cfg.holes}": background', expected=expected, got=got)
     if seed is None:
         seed = int(torch.randint(0, 2**62, (), generator=generator))
     draw = torch.Generator().manual_seed(seed)
     photo = _random_crop(image, cfg, draw)
     K = sample_intrinsics(cfg.hw, cfg.views, draw)
-    scene = lift(photo, estimate_depth(photo, cfg.depth, K=K, generator=draw), K)
-    difficulty, overlap = cfg.difficulty, 0.0
-    for _ in range(_MAX_TRIES):
-        (camera,) = sample_cameras(scene, 1, scaled(cfg.views, difficulty), draw)
-        view = scene.render(camera)
-        pair = _with_truth(scene, view, cfg, seed)
-        overlap = pair.overlap
-        if overlap >= cfg.min_overlap:
-            filled = fill_holes(view, cfg.holes, background=background, generator=draw)
-            return replace(pair, image_B=filled.image, inpainted_mask_B=filled.inpainted_mask)
-        difficulty *= 0.7
-    got = f"{overlap:.2f} after {_MAX_TRIES} tries"
-    todo = "lower min_overlap; the depth may be mostly unknown or cut"
-    raise L2MError("make_pair overlap", expected=f"at least {cfg.min_overlap:g}", got=got, todo=todo)
+    try:
+        scene = lift_photo(photo, K, cfg.depth, cfg.sky, draw)
+    except NothingButSkyError as error:
+        raise NoPairError(f"make_pair: {error}") from error
+    pair, view = _overlapping(scene, cfg, seed, draw)
+    image_A, view = _relit(scene, view, cfg, draw)
+    filled = _happens(cfg.p_fill, draw)
+    view = fill_holes(view, cfg.holes, background=background, generator=draw) if filled else view
+    return replace(pair, image_A=image_A, image_B=view.image, inpainted_mask_B=view.inpainted_mask)
 
 
 def scaled(cfg: ViewSamplerCfg, difficulty: float) -> ViewSamplerCfg:
@@ -159,10 +210,52 @@ def scaled(cfg: ViewSamplerCfg, difficulty: float) -> ViewSamplerCfg:
     def grown(span: Range) -> Range:
         return span[0] * difficulty * min(1.0, difficulty), span[1] * difficulty
 
-    return replace(cfg, shift=grown(cfg.shift), dolly=grown(cfg.dolly), rotation_deg=grown(cfg.rotation_deg))
+    return replace(
+        cfg,
+        shift=grown(cfg.shift),
+        dolly=grown(cfg.dolly),
+        rotation_deg=grown(cfg.rotation_deg),
+        # a roll hides little and has an end at half a turn: it grows to the full range and no further
+        roll_deg=(cfg.roll_deg[0] * min(1.0, difficulty), cfg.roll_deg[1] * min(1.0, difficulty)),
+    )
 
 
 _MAX_TRIES = 12  # 0.7^11 is 2 % of the difficulty: nearly at rest
+
+
+def _happens(probability: float, draw: torch.Generator) -> bool:
+    return torch.rand((), generator=draw).item() < probability
+
+
+def _overlapping(scene: LiftedScene, cfg: PairCfg, seed: int, draw: torch.Generator) -> tuple[Pair, View]:
+    """Draw cameras until one sees enough of what the photo shows."""
+    roll_deg = cfg.views.roll_deg if _happens(cfg.p_roll, draw) else (0.0, 0.0)
+    views, difficulty, overlap = replace(cfg.views, roll_deg=roll_deg), cfg.difficulty, 0.0
+    for _ in range(_MAX_TRIES):
+        (camera,) = sample_cameras(scene, 1, scaled(views, difficulty), draw)
+        view = scene.render(camera)
+        pair = _with_truth(scene, view, cfg, seed)
+        overlap = pair.overlap
+        if overlap >= cfg.min_overlap:
+            return pair, view
+        difficulty *= 0.7
+    got = f"{overlap:.2f} after {_MAX_TRIES} tries"
+    todo = "lower min_overlap; the depth may be mostly unknown or cut"
+    raise NoPairError("make_pair overlap", expected=f"at least {cfg.min_overlap:g}", got=got, todo=todo)
+
+
+def _relit(
+    scene: LiftedScene, view: View, cfg: PairCfg, draw: torch.Generator
+) -> tuple[Float[Tensor, "h w 3"], View]:
+    """Both images in another light, if this pair gets one: the same, or each its own."""
+    if not _happens(cfg.p_relight, draw):
+        return scene.image, view
+    lighting_A = sample_lighting(scene.unit, cfg.relight, draw)
+    apart = _happens(cfg.p_relight_apart, draw)
+    lighting_B = sample_lighting(scene.unit, cfg.relight, draw) if apart else lighting_A
+    image_A = shade(scene.image, scene.depth, scene.valid_mask, scene.camera, lighting_A)
+    image_B = shade(view.image, view.depth, ~view.hole_mask, view.camera, lighting_B)
+    return image_A, replace(view, image=image_B)
 
 
 def _random_crop(image: Tensor, cfg: PairCfg, draw: torch.Generator) -> Tensor:
@@ -190,7 +283,7 @@ def _with_truth(scene: LiftedScene, view: View, cfg: PairCfg, seed: int) -> Pair
     warp_A_to_B, seen_A = warp_from_depth(
         scene.depth, K_A, view.depth, K_B, T_A_to_B, scene.valid_mask, covered, tol
     )
-    T_B_to_A = torch.linalg.inv(T_A_to_B)
+    T_B_to_A = invert_pose(T_A_to_B)
     warp_B_to_A, seen_B = warp_from_depth(view.depth, K_B, scene.depth, K_A, T_B_to_A, covered, solid_A, tol)
     return Pair(
         image_A=scene.image,

@@ -5,7 +5,16 @@ import torch
 
 from l2m_viz.data import load_sample
 from l2m_viz.errors import ShapeError
-from l2m_viz.geometry import Camera, intrinsics, look_at, normalized_grid, relative_pose, sample_image
+from l2m_viz.geometry import (
+    Camera,
+    intrinsics,
+    look_at,
+    normalized_grid,
+    pose_from_rotation,
+    relative_pose,
+    rotation_from_axis_angle,
+    sample_image,
+)
 from l2m_viz.geometry.scenes import fronto_parallel_plane, slanted_plane, sphere_on_plane, two_planes
 from l2m_viz.lifting import warp_from_depth
 
@@ -82,6 +91,41 @@ def test_agrees_with_the_measured_stereo_disparity():
     )
     error_px = (warp - sample.warp_A_to_B)[sample.valid_A] * torch.tensor([741.0, 500.0]) / 2
     assert error_px.abs().max() < 2e-3
+
+
+def _cut_up(hw, seed: int):
+    """Depth with steps, holes and slopes, and its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.nn.functional.interpolate(torch.rand(1, 1, 5, 7, generator=generator), hw)[0, 0]
+    depth = 2.0 + steps + 0.3 * torch.linspace(0, 1, hw[1])
+    valid = torch.rand(hw, generator=generator) > 0.05
+    return torch.where(valid, depth, float("nan")), valid
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_compiled_form_does_what_the_plain_one_does(seed):
+    (depth_A, valid_A), (depth_B, valid_B) = _cut_up(HW_A, seed), _cut_up(HW_B, seed)
+    axis = torch.tensor([0.05, -0.08, 0.3 * seed])
+    T_A_to_B = pose_from_rotation(rotation_from_axis_angle(axis), torch.tensor([0.2, -0.1, 0.1 * seed - 0.2]))
+    args = depth_A, intrinsics(70.0, HW_A), depth_B, intrinsics(55.0, HW_B), T_A_to_B, valid_A, valid_B
+    warp, seen = warp_from_depth(*args, rel_depth_tol=0.3)
+    assert 0.02 < seen.float().mean() < 0.98
+    leaf = depth_A.clone().requires_grad_()  # gradients are the plain form's business
+    plain_warp, plain_seen = warp_from_depth(leaf, *args[1:], rel_depth_tol=0.3)
+    assert plain_warp.requires_grad and not warp.requires_grad
+    torch.testing.assert_close(warp, plain_warp.detach(), atol=2e-6, rtol=2e-5)
+    assert (seen != plain_seen).float().mean() <= 1e-3  # points on the tolerance itself may fall either way
+
+
+def test_moves_along_the_axis_agree_with_the_formula():
+    """A wall at depth z, approached by t: x px from the middle is seen x z / (z - t) from it."""
+    hw, focal, z, step = (48, 64), 50.0, 4.0, 1.0
+    K, depth = intrinsics(focal, hw), torch.full((48, 64), z)
+    T_A_to_B = torch.eye(4)
+    T_A_to_B[2, 3] = -step
+    warp, seen = warp_from_depth(depth, K, depth - step, K, T_A_to_B)
+    torch.testing.assert_close(warp, normalized_grid(hw) * z / (z - step), atol=1e-6, rtol=0)
+    assert torch.equal(seen, (warp.abs() <= 1).all(dim=-1))
 
 
 def test_mask_of_another_size_is_refused(unchecked):

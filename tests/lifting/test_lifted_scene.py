@@ -11,7 +11,7 @@ from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.evaluation import psnr
 from l2m_viz.geometry import Camera, intrinsics, look_at, pose_from_rotation, rotation_from_axis_angle
 from l2m_viz.geometry.scenes import AnalyticScene, Plane, fronto_parallel_plane, slanted_plane, two_planes
-from l2m_viz.lifting import Depth, LiftedScene, lift
+from l2m_viz.lifting import Depth, LiftedScene, MeshCfg, lift
 
 HW = (60, 80)
 
@@ -166,6 +166,52 @@ def test_the_real_right_photo_is_reproduced_and_half_a_pixel_is_seen():
     assert exact >= 27.0
     assert exact - _psnr_of_motorcycle(0.5) > 1.0
     assert exact - _psnr_of_motorcycle(-0.5) > 1.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 51, 1000])
+def test_the_unit_is_the_second_percentile_of_valid_depth(count):
+    depth = 1 + torch.rand(40, 50, generator=torch.Generator().manual_seed(count))
+    valid = torch.zeros(2000, dtype=torch.bool)
+    valid[torch.randperm(2000, generator=torch.Generator().manual_seed(count))[:count]] = True
+    valid = valid.view(40, 50)
+    scene = lift(torch.rand(40, 50, 3), Depth(depth, valid, "relative", "test"), intrinsics(50.0, (40, 50)))
+    expected = np.percentile(depth[valid].double().numpy(), 2)
+    assert scene.unit == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_triangle_exists_if_its_corners_are_known_and_near_each_other():
+    """Every triangle of a small rough scene, one by one."""
+    generator = torch.Generator().manual_seed(3)
+    depth = 1 + 0.05 * torch.rand(9, 13, generator=generator)
+    valid = torch.rand(9, 13, generator=generator) > 0.1
+    scene = lift(
+        torch.rand(9, 13, 3), Depth(depth, valid, "relative", "test"), intrinsics(9.0, (9, 13)), MeshCfg(1.03)
+    )
+    beside_a_cut = torch.zeros(9, 13, dtype=torch.bool)
+    for y in range(8):
+        for x in range(12):
+            a, b, c, d = (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1)
+            for side, corners in enumerate(((a, b, c), (b, d, c))):
+                z = [depth[corner].item() for corner in corners]
+                known = all(valid[corner] for corner in corners)
+                near = max(z) <= 1.03 * min(z)
+                assert scene.triangle_mask[y, x, side].item() == (known and near)
+                if known and not near:
+                    for corner in corners:
+                        beside_a_cut[corner] = True
+    assert torch.equal(scene.cut_mask, beside_a_cut) and 0 < beside_a_cut.sum() < beside_a_cut.numel()
+
+
+def test_the_own_view_is_the_photo_with_unknown_depth_as_holes():
+    valid = torch.ones(6, 8, dtype=torch.bool)
+    valid[2, 3] = False
+    scene = lift(
+        torch.rand(6, 8, 3), Depth(torch.ones(6, 8), valid, "relative", "test"), intrinsics(9.0, (6, 8))
+    )
+    view = scene.own_view
+    assert torch.equal(view.image, scene.image) and torch.equal(view.depth, scene.depth)
+    assert torch.equal(view.hole_mask, ~valid) and not view.inpainted_mask.any()
+    assert torch.equal(view.camera.w2c, torch.eye(4)) and view.camera.hw == (6, 8)
 
 
 def test_scene_saves_and_loads(tmp_path):

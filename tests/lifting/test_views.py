@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from l2m_viz.geometry import intrinsics, transform_points
-from l2m_viz.lifting import lift, orbit_cameras, sample_cameras, sample_intrinsics
+from l2m_viz.lifting import ViewSamplerCfg, lift, orbit_cameras, sample_cameras, sample_intrinsics
 
 HW = (40, 60)
 
@@ -42,6 +42,34 @@ def test_the_same_generator_gives_the_same_cameras_and_units_cancel():
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a.w2c[:3, 3] * 1000, b.w2c[:3, 3])
         assert torch.equal(a.w2c[:3, :3], b.w2c[:3, :3])
+
+
+def test_a_roll_turns_the_picture_about_its_centre():
+    """With nothing else moving, X' = R X is a rotation about z by an angle of the range, either way."""
+    still = ViewSamplerCfg(
+        shift=(0.0, 0.0), dolly=(0.0, 0.0), rotation_deg=(0.0, 0.0), roll_deg=(30.0, 180.0)
+    )
+    cameras = sample_cameras(_scene(), 100, still, torch.Generator().manual_seed(4))
+    rotations = torch.stack([camera.w2c[:3, :3] for camera in cameras])
+    torch.testing.assert_close(
+        rotations[:, 2], torch.tensor([0.0, 0.0, 1.0]).expand(100, 3), atol=1e-6, rtol=0
+    )
+    angles = torch.atan2(rotations[:, 1, 0], rotations[:, 0, 0]) * 180 / math.pi
+    assert 30 - 1e-3 <= angles.abs().min() < 40 and 170 < angles.abs().max() <= 180
+    assert 0.2 < (angles > 0).float().mean() < 0.8
+
+
+def test_a_roll_comes_after_the_move_so_the_camera_stays_where_it_is():
+    moved = ViewSamplerCfg(roll_deg=(90.0, 90.0))
+    generators = (torch.Generator().manual_seed(5) for _ in range(2))
+    (plain,), (rolled,) = (
+        sample_cameras(_scene(), 1, cfg, g)
+        for cfg, g in zip((ViewSamplerCfg(), moved), generators, strict=True)
+    )
+    torch.testing.assert_close(rolled.center, plain.center, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rolled.c2w[:3, 2], plain.c2w[:3, 2], atol=1e-5, rtol=0
+    )  # and looks the same way
 
 
 def test_intrinsics_range():

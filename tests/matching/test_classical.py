@@ -8,7 +8,7 @@ from l2m_viz.data import load_sample, resize_image, to_uint8, write_image
 from l2m_viz.errors import ImageError, MissingError, ShapeError
 from l2m_viz.evaluation import end_point_error
 from l2m_viz.geometry import normalized_grid, pixel_grid, sample_image, to_normalized
-from l2m_viz.matching import list_matchers, load_matcher
+from l2m_viz.matching import load_matcher
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +123,8 @@ def test_paths_pil_arrays_and_lists_are_the_same(photo, tmp_path):
     assert torch.equal(several[1].warp_A_to_B, expected.warp_B_to_A)
 
 
-def test_list_names_only_what_loads():
-    assert [info.name for info in list_matchers()] == ["dis", "sift"]
-    assert all(load_matcher(info.name).name == info.name for info in list_matchers())
-
-
 def test_errors(photo, tmp_path, unchecked):
-    with pytest.raises(MissingError, match="dis, sift"):
+    with pytest.raises(MissingError, match=r"dis, .*sift"):
         load_matcher("romeo")
     with pytest.raises(ShapeError, match="16x16"):
         load_matcher("dis").match(photo[:9, :200], photo)

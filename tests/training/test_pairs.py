@@ -1,11 +1,15 @@
 """Pairs from single photos: exact where they say so, and the same again from their seed."""
 
+from dataclasses import replace
+
+import PIL.Image
 import pytest
 import torch
 
-from l2m_viz.data import load_sample
-from l2m_viz.errors import L2MError
+from l2m_viz.data import load_sample, resize_image, write_image
+from l2m_viz.errors import ImageError, L2MError
 from l2m_viz.geometry import (
+    normalized_grid,
     project,
     sample_image,
     sample_warp,
@@ -13,8 +17,9 @@ from l2m_viz.geometry import (
     transform_points,
     unproject_depth,
 )
-from l2m_viz.lifting import estimate_depth
+from l2m_viz.lifting import RelightCfg, ViewSamplerCfg, estimate_depth
 from l2m_viz.training import Pair, PairCfg, make_pair
+from l2m_viz.training.pairs import NoPairError, read_photo
 
 HW = (96, 128)
 
@@ -89,6 +94,145 @@ def test_random_planes_are_random_and_reproducible(photo):
     ]
     assert torch.equal(depths[0], depths[1]) and not torch.allclose(depths[0], depths[2])
     assert depths[0].min() >= 1 - 1e-5 and depths[0].max() <= 1 / 0.08 + 1e-3
+
+
+def test_light_changes_colours_and_nothing_else(photo):
+    plain, lit = (make_pair(photo, PairCfg(hw=HW, p_relight=p), seed=3) for p in (0.0, 1.0))
+    for name in (
+        "depth_B",
+        "valid_A",
+        "hole_mask_B",
+        "warp_A_to_B",
+        "covisibility_A_to_B",
+        "covisibility_B_to_A",
+    ):
+        assert torch.equal(getattr(plain, name), getattr(lit, name))
+    for name in ("image_A", "image_B"):
+        before, after = getattr(plain, name), getattr(lit, name)
+        assert (before - after).abs().mean() > 0.01 and 0 <= after.min() <= after.max() <= 1
+    assert not lit.image_B[lit.hole_mask_B].any()  # a hole stays black
+
+
+def test_views_may_be_lit_alike_or_apart(photo):
+    """Covisible points of views lit alike, with no shadow to end at a different pixel, still look alike."""
+    light = RelightCfg(shadow_probability=0.0)
+    errors = {0.0: [], 1.0: []}
+    for apart, found in errors.items():
+        for seed in range(4):
+            cfg = PairCfg(
+                hw=HW, depth="prior", difficulty=0.3, p_relight=1.0, p_relight_apart=apart, relight=light
+            )
+            pair = make_pair(photo, cfg, seed=seed)
+            error = (sample_image(pair.image_B, pair.warp_A_to_B) - pair.image_A).abs().mean(dim=-1)
+            found.append(error[pair.covisibility_A_to_B].median().item())
+    assert max(errors[0.0]) < 0.02 < sum(errors[1.0]) / 4
+
+
+def test_probabilities_are_shares(photo):
+    cfg = PairCfg(
+        hw=(24, 32), holes="background", p_fill=0.3, p_relight=0.6, views=ViewSamplerCfg(roll_deg=(90, 90))
+    )
+    cfg = replace(cfg, p_roll=0.5, min_overlap=0.01)
+    grey = torch.full((24, 32, 3), 0.25)
+    pairs = [make_pair(photo, cfg, seed=seed, background=grey) for seed in range(100)]
+    plain = [make_pair(photo, replace(cfg, p_relight=0.0), seed=seed, background=grey) for seed in range(100)]
+    filled = sum(bool(pair.inpainted_mask_B.any()) for pair in pairs)
+    lit = sum(not torch.equal(a.image_A, b.image_A) for a, b in zip(pairs, plain, strict=True))
+    rolled = sum(abs(pair.T_A_to_B[0, 0].item()) < 0.5 for pair in pairs)
+    for count, share in ((filled, 30), (lit, 60), (rolled, 50)):
+        assert abs(count - share) <= 15  # three standard deviations
+
+
+def test_a_rolled_pair_is_as_exact(photo):
+    views = ViewSamplerCfg(
+        shift=(0.1, 0.2), dolly=(0.1, 0.2), rotation_deg=(1.0, 3.0), roll_deg=(150.0, 180.0)
+    )
+    pair = make_pair(photo, PairCfg(hw=HW, views=views), seed=1)
+    assert pair.T_A_to_B[0, 0] < -0.8  # upside down
+    seen = pair.covisibility_A_to_B
+    error = (sample_image(pair.image_B, pair.warp_A_to_B) - pair.image_A).abs().mean(dim=-1)[seen]
+    assert pair.overlap >= 0.15 and error.median() < 0.02
+
+
+def test_the_sky_is_valid_in_neither_view():
+    picture = 0.3 * torch.rand(96, 128, 3, generator=torch.Generator().manual_seed(0))
+    picture[:48] = torch.tensor([0.35, 0.55, 0.9])
+    cfg = PairCfg(hw=HW, sky="offline", difficulty=0.3, crop=(1.0, 1.0), min_overlap=0.05)
+    for seed in range(3):
+        pair = make_pair(picture, cfg, seed=seed)
+        blue_A, blue_B = (image[..., 2] > 0.6 for image in (pair.image_A, pair.image_B))
+        assert blue_A.float().mean() > 0.3
+        assert not (blue_A & (pair.valid_A | pair.covisibility_A_to_B)).any()
+        assert not (blue_B & (pair.valid_B | pair.covisibility_B_to_A)).any()
+        assert pair.valid_A.float().mean() > 0.4
+
+
+def test_nothing_but_sky_is_no_pair(photo, monkeypatch):
+    monkeypatch.setattr(
+        "l2m_viz.lifting.synthesis.sky_mask", lambda image, *_: torch.ones(image.shape[:2], dtype=torch.bool)
+    )
+    with pytest.raises(NoPairError, match="not sky"):
+        make_pair(photo, PairCfg(hw=HW, sky="offline"), seed=0)
+
+
+def test_a_large_jpeg_is_read_smaller_but_large_enough(tmp_path):
+    """Smooth colours, so that a picture reduced while decoding equals one reduced afterwards."""
+    hw = (1200, 1800)
+    image = normalized_grid(hw).div(2).add(0.5)
+    image = torch.cat([image, image[..., :1] * image[..., 1:]], dim=-1)
+    write_image(tmp_path / "large.jpg", image)
+    write_image(tmp_path / "large.png", image)
+    cfg = PairCfg(hw=(96, 128), crop=(0.6, 1.0))
+    read = read_photo(tmp_path / "large.jpg", cfg)
+    assert tuple(read.shape[:2]) == (300, 450)  # a quarter; an eighth would leave 150 px for 128 / 0.6
+    torch.testing.assert_close(read, resize_image(image, (300, 450)), atol=0.012, rtol=0)
+    assert read_photo(tmp_path / "large.png", cfg).shape[:2] == hw
+    assert torch.equal(
+        read_photo(tmp_path / "large.jpg"), resize_image(read_photo(tmp_path / "large.jpg"), (600, 900))
+    )
+
+
+def test_a_turned_jpeg_stays_upright(tmp_path):
+    picture = PIL.Image.new("RGB", (600, 900))
+    picture.paste((255, 0, 0), (0, 0, 600, 450))  # red half, on top as stored
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # the camera was held turned: the stored top is the right side
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    read = read_photo(tmp_path / "turned.jpg", PairCfg(hw=(96, 128)))
+    assert tuple(read.shape[:2]) == (300, 450)
+    assert read[:, 230:, 0].mean() > 0.95 and read[:, :220, 0].mean() < 0.05
+
+
+def test_what_cannot_be_read_says_so(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    whole = tmp_path / "whole.jpg"
+    write_image(whole, torch.rand(90, 120, 3))
+    (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    for name, message in (("text.jpg", "text"), ("half.jpg", "half.jpg"), ("absent.jpg", "no such file")):
+        with pytest.raises(ImageError, match=message):
+            read_photo(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hw": (1, 64)}, "2x2"),
+        ({"crop": (0.0, 1.0)}, "crop"),
+        ({"holes": "magic"}, "holes"),
+        ({"p_fill": 1.5}, "p_fill"),
+        ({"difficulty": float("nan")}, "difficulty"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(L2MError, match=message):
+        PairCfg(**settings)
+
+
+def test_a_background_comes_exactly_when_it_is_used(photo):
+    with pytest.raises(L2MError, match="another photo"):
+        make_pair(photo, PairCfg(hw=HW, holes="background"))
+    with pytest.raises(L2MError, match="expected none"):
+        make_pair(photo, PairCfg(hw=HW), background=photo)
 
 
 def test_impossible_settings_are_refused(photo, unchecked):

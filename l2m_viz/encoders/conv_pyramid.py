@@ -1,0 +1,75 @@
+"""A small convolutional pyramid: the encoder of l2m-tiny."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2m_viz.encoders.imagenet import normalize_imagenet
+
+
+@dataclass(frozen=True)
+class ConvPyramidCfg:
+    """Widths and depths, from fine to coarse."""
+
+    strides: tuple[int, ...] = (2, 4, 8, 16)
+    widths: tuple[int, ...] = (32, 64, 128, 192)
+    blocks: tuple[int, ...] = (1, 2, 2, 3)
+
+
+class ConvPyramid(nn.Module):
+    """Residual blocks (He et al., CVPR 2016) at falling resolution, then one way back up to stride 8.
+
+    The coarsest map sees most of a small photo; added to the next finer one (feature pyramid, Lin et al., CVPR 2017) it
+    tells look-alike corners of different things apart.
+    """
+
+    def __init__(self, cfg: ConvPyramidCfg) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.strides = cfg.strides
+        self.channels = dict(zip(cfg.strides, cfg.widths, strict=True))
+        widths_in = (3, *cfg.widths[:-1])
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                _conv_norm(width_in, width, 5 if width_in == 3 else 3, stride=2),
+                nn.ReLU(inplace=True),
+                *(ResidualBlock(width) for _ in range(blocks)),
+            )
+            for width_in, width, blocks in zip(widths_in, cfg.widths, cfg.blocks, strict=True)
+        )
+        self.lateral = nn.Conv2d(cfg.widths[-1], cfg.widths[-2], 1)
+        self.merge = ResidualBlock(cfg.widths[-2])
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[int, Float[Tensor, "b c h2 w2"]]:
+        """Feature maps by stride; sides of the images are multiples of the largest stride."""
+        x = normalize_imagenet(images).contiguous(memory_format=torch.channels_last)
+        maps: dict[int, Tensor] = {}
+        for stride, level in zip(self.strides, self.levels, strict=True):
+            x = level(x)
+            maps[stride] = x
+        coarse, finer = self.strides[-1], self.strides[-2]
+        above = F.interpolate(self.lateral(maps[coarse]), size=maps[finer].shape[-2:], mode="nearest")
+        maps[finer] = self.merge(maps[finer] + above)
+        return maps
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = _conv_norm(width, width, 3)
+        self.second = _conv_norm(width, width, 3)
+        nn.init.zeros_(self.second[1].weight)  # starts as the identity, so that depth costs no trainability
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Same shape."""
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def _conv_norm(width_in: int, width_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(width_in, width_out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width_out))

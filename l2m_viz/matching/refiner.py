@@ -1,0 +1,115 @@
+"""One refinement step: look at both images where the warp points now, and say how to move it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from l2m_viz.encoders.folding import conv_norm
+from l2m_viz.geometry import HW, normalized_grid
+from l2m_viz.matching.depthwise import DepthwiseConv2d
+from l2m_viz.matching.local_correlation import local_correlation
+
+_BATCH_NORM_MOMENTUM = 0.01  # RoMa's
+# RoMa embeds the displacement in units of a 32nd of the coarsest training size, 40 cells of 14 px.
+_DISPLACEMENT_SCALE = 40 / 32
+
+
+@dataclass(frozen=True)
+class RefinerCfg:
+    """One refiner.
+
+    Attributes:
+        stride: Pixels of the network's input to a cell.
+        displacement_dim: Channels that the present displacement is embedded in.
+        radius: Of the local correlation in cells of B; None: there is none.
+        hidden: Width of the blocks; None: that of the input, as in RoMa.
+        blocks: Number of blocks after the first.
+        kernel: Side of the depth-wise convolutions.
+        reach: An output of 1 moves the warp by reach / 8 px of the network's input; None: the stride. RoMa counts its
+            grid of 14 px as 16.
+    """
+
+    stride: int
+    displacement_dim: int
+    radius: int | None = None
+    hidden: int | None = None
+    blocks: int = 8
+    kernel: int = 5
+    reach: int | None = None
+
+
+class Refiner(nn.Module):
+    """Depth-wise and 1x1 convolutions over both images' features, the displacement and the local correlation."""
+
+    def __init__(self, cfg: RefinerCfg, width: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        window = 0 if cfg.radius is None else (2 * cfg.radius + 1) ** 2
+        width_in = 2 * width + cfg.displacement_dim + window
+        hidden = cfg.hidden or width_in
+        self.displacement = nn.Conv2d(2, cfg.displacement_dim, 1)
+        self.blocks = nn.Sequential(
+            RefinerBlock(width_in, hidden, cfg.kernel),
+            *(RefinerBlock(hidden, hidden, cfg.kernel) for _ in range(cfg.blocks)),
+        )
+        self.head = nn.Conv2d(hidden, 3, 1)
+
+    def forward(
+        self,
+        features_A: Float[Tensor, "b c h w"],
+        features_B: Float[Tensor, "b c h2 w2"],
+        warp: Float[Tensor, "b 2 h w"],
+        scale_factor: float = 1.0,
+    ) -> tuple[Float[Tensor, "b 2 h w"], Float[Tensor, "b 1 h w"]]:
+        """Return the move (x, y) of every cell's target, in units of reach / 8 px, and a certainty logit to be added.
+
+        Args:
+            features_A: Features at this stride.
+            features_B: Features at this stride.
+            warp: Present target of every cell, normalised; a constant.
+            scale_factor: Side of the network's input to the side that the network was trained at.
+        """
+        dtype = _working_dtype(features_A)
+        sampled = F.grid_sample(
+            features_B, warp.permute(0, 2, 3, 1).to(features_B.dtype), align_corners=False
+        )
+        inputs = [features_A, sampled, self._embed(warp, scale_factor)]
+        if self.cfg.radius is not None:
+            inputs.append(local_correlation(features_A, features_B, warp, self.cfg.radius))
+        x = torch.cat([part.to(dtype) for part in inputs], dim=1)
+        x = self.blocks(x.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.head(x.float())
+        return out[:, :2], out[:, 2:]
+
+    def _embed(self, warp: Float[Tensor, "b 2 h w"], scale_factor: float) -> Float[Tensor, "b d h w"]:
+        """Embed how far each cell's target is from its own place."""
+        hw: HW = (warp.shape[-2], warp.shape[-1])
+        with torch.autocast(warp.device.type, enabled=False):  # bfloat16 has three digits, a warp needs more
+            displacement = warp - normalized_grid(hw, device=warp.device).permute(2, 0, 1)
+            return self.displacement(_DISPLACEMENT_SCALE * scale_factor * displacement)
+
+
+class RefinerBlock(nn.Sequential):
+    """Depth-wise convolution, batch norm, ReLU, 1x1 convolution."""
+
+    def __init__(self, width_in: int, width_out: int, kernel: int) -> None:
+        super().__init__(
+            DepthwiseConv2d(width_in, kernel),
+            nn.BatchNorm2d(width_in, momentum=_BATCH_NORM_MOMENTUM),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width_in, width_out, 1),
+        )
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """Run the block; in evaluation the norm is part of the convolution."""
+        depthwise, norm, relu, pointwise = self
+        return pointwise(relu(conv_norm(input, depthwise, norm)))  # pyright: ignore[reportArgumentType]
+
+
+def _working_dtype(features: Tensor) -> torch.dtype:
+    kind = features.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype

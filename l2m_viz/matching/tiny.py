@@ -1,0 +1,66 @@
+"""l2m-tiny: the small network that ships with the package, and its file."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2m_viz.data.files import atomic_write
+from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
+from l2m_viz.errors import FileFormatError
+from l2m_viz.matching.attention import AttentionCoarseCfg
+from l2m_viz.matching.network import NetworkCfg
+from l2m_viz.matching.refiner import RefinerCfg
+
+
+def tiny_cfg() -> NetworkCfg:
+    """The network of l2m-tiny: 6 million parameters, a convolutional pyramid and attention at stride 16."""
+    return NetworkCfg(
+        encoder=ConvPyramidCfg(widths=(32, 48, 96, 192), blocks=(0, 1, 1, 3)),
+        coarse=AttentionCoarseCfg(),
+        refiners=(
+            RefinerCfg(stride=8, displacement_dim=16, radius=4, hidden=96, blocks=4),
+            RefinerCfg(stride=4, displacement_dim=16, radius=2, hidden=64, blocks=3),
+            RefinerCfg(stride=2, displacement_dim=8, hidden=40, blocks=2),
+        ),
+        projections=((8, 64), (4, 32), (2, 16)),
+    )
+
+
+def save_weights(path: Path, state: dict[str, Tensor], meta: dict[str, str]) -> None:
+    """Write weights in half precision, atomically; ``meta`` says where they come from.
+
+    Statistics of batch norms and counters keep their type: a variance may be beyond half precision's range.
+    """
+    from safetensors.torch import save
+
+    half = {
+        key: value.detach().cpu().contiguous().to(torch.float16 if _shrinks(key, value) else value.dtype)
+        for key, value in state.items()
+    }
+    with atomic_write(path) as file:
+        file.write(save(half, {"l2m_viz": json.dumps(meta)}))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_weights` wrote, in single precision, and its meta data.
+
+    Raises:
+        FileFormatError: the file is absent, damaged, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("l2m_viz", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError as error:
+        raise FileFormatError(f"no such file {path}", todo="install the package again") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(f"cannot read {path}", expected="safetensors", got=str(error)) from error
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in state.items()}, meta
+
+
+def _shrinks(key: str, value: Tensor) -> bool:
+    return value.is_floating_point() and "running_" not in key

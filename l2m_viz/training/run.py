@@ -1,0 +1,274 @@
+"""A training run in a folder: checkpoints that survive kill -9, running averages of the weights, schedule and log.
+
+Both stages use it. A run is a folder with ``run.json`` (its settings), ``checkpoint.pt`` (everything that the next step
+depends on), ``log.jsonl`` (one line a report; TensorBoard events beside it). Started again in the same folder it goes
+on as if it had not stopped.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from l2m_viz.data.files import atomic_write, write_text
+from l2m_viz.errors import FileFormatError, L2MError
+
+_CHECKPOINT, _SETTINGS, _LOG = "checkpoint.pt", "run.json", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class RunCfg:
+    """How long, how fast, and how often to save."""
+
+    # Optimiser steps in all.
+    steps: int = 20_000
+    # Stop after this many minutes of this session; the run can go on later.
+    minutes: float | None = None
+    # AdamW's learning rate between warm-up and cool-down.
+    lr: float = 6e-4
+    # Steps of linear warm-up; also after a restart from weights alone.
+    warmup_steps: int = 300
+    # Share of the steps, at the end, over which the rate falls to a hundredth along a cosine.
+    cooldown: float = 0.25
+    weight_decay: float = 0.01
+    # Gradients longer than this are shortened.
+    max_grad_norm: float = 1.0
+    # Weight of the past in the running average of the weights; ramped up from 0 at the start.
+    ema_decay: float = 0.999
+    # Products in bfloat16 where that is safe; sums, geometry and losses stay in float32.
+    bf16: bool = True
+    # Save at least this often.
+    checkpoint_minutes: float = 4.0
+    log_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lr", "log_every", "checkpoint_minutes"):
+            if not getattr(self, name) > 0:
+                raise L2MError(f"RunCfg.{name}", expected="more than 0", got=str(getattr(self, name)))
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step: warm-up, level, cool-down."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        into = (step - (1 - self.cooldown) * self.steps) / max(1.0, self.cooldown * self.steps)
+        fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, into))))
+        return self.lr * rise * fall
+
+
+class TrainingRun:
+    """State of one run: model, its running average, optimiser, step."""
+
+    def __init__(self, folder: Path, model: nn.Module, cfg: RunCfg, settings: dict[str, Any]) -> None:
+        """Begin a run, or go on with the one in the folder.
+
+        Args:
+            folder: The run's own folder.
+            model: What is trained, on its device; its weights are overwritten when the run goes on.
+            cfg: Settings of the loop.
+            settings: All that defines the run, JSON-able; a run goes on only under the same ones.
+
+        Raises:
+            L2MError: the folder holds a run with other settings.
+            FileFormatError: its checkpoint is damaged.
+        """
+        self.folder, self.model, self.cfg = folder, model, cfg
+        self.step, self.seconds = 0, 0.0
+        self.optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=(0.9, 0.99))
+        self.ema = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay), use_buffers=True
+        ).requires_grad_(False)
+        self._started = self._saved_at = time.monotonic()
+        self._base_seconds = 0.0
+        self._agree(settings)
+        if (folder / _CHECKPOINT).is_file():
+            self._load()
+
+    def begin_from(self, state: dict[str, Tensor]) -> None:
+        """Take weights alone, as from a shipped file: model and average start there, and the rate warms up anew."""
+        self.model.load_state_dict(state)
+        self.ema.module.load_state_dict(state)
+        self.ema.n_averaged.fill_(1)
+
+    def update(self, loss: Tensor) -> dict[str, float]:
+        """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = bool(torch.isfinite(loss))
+        norm = torch.tensor(float("nan"))
+        if finite:
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+            finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        return {"grad_norm": norm.item(), "skipped": float(not finite), "lr": self.cfg.lr_at(self.step - 1)}
+
+    @property
+    def done(self) -> bool:
+        """All steps made, or this session's minutes used up."""
+        minutes = (time.monotonic() - self._started) / 60
+        return self.step >= self.cfg.steps or (self.cfg.minutes is not None and minutes >= self.cfg.minutes)
+
+    @property
+    def trained_seconds(self) -> float:
+        """Time spent in all sessions of the run."""
+        return self._base_seconds + time.monotonic() - self._started
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint if the last one is old."""
+        if time.monotonic() - self._saved_at > 60 * self.cfg.checkpoint_minutes:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, atomically."""
+        state = {
+            "step": self.step,
+            "seconds": self.trained_seconds,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        with atomic_write(self.folder / _CHECKPOINT) as file:
+            torch.save(state, file)
+        self._saved_at = time.monotonic()
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Append a line of numbers to the log."""
+        line = {"step": self.step, "minutes": round(self.trained_seconds / 60, 2)} | {
+            key: round(value, 6) for key, value in numbers.items()
+        }
+        with (self.folder / _LOG).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _load(self) -> None:
+        path = self.folder / _CHECKPOINT
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            self.step, self._base_seconds = int(state["step"]), float(state["seconds"])
+        except Exception as error:  # torch.load raises anything on a damaged file
+            todo = "the file is damaged or of another network; begin in another folder"
+            got = f"{type(error).__name__}: {error}"
+            raise FileFormatError(f"cannot resume from {path}", got=got[:300], todo=todo) from error
+        _truncate_log(self.folder / _LOG, self.step)
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        """Settings of a run do not change under way; those that only say when to stop may."""
+        path, mine = self.folder / _SETTINGS, json.loads(json.dumps(settings))
+        if path.is_file():
+            theirs = json.loads(path.read_text())
+            if changed := sorted(_differences(theirs, mine)):
+                todo = "use the same settings to go on, or another folder for a new run"
+                raise L2MError(
+                    f"run in {self.folder}", expected="its own settings", got=f"other {changed}", todo=todo
+                )
+        write_text(path, json.dumps(mine, indent=1))
+
+
+def run_loop(
+    run: TrainingRun,
+    step: Callable[[int], tuple[Tensor, dict[str, float]]],
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every: int = 0,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> None:
+    """Make steps until the run is done; report means since the last report; save often, and at the end.
+
+    Args:
+        run: The run.
+        step: Computes the loss of step number n, and further numbers to log.
+        evaluate: Computes figures to log with the averaged weights.
+        evaluate_every: Steps between evaluations; 0 only evaluates at the end.
+        report: Shown every logged line.
+    """
+    sums: dict[str, list[float]] = {}
+    evaluated = -1
+    try:
+        while not run.done:
+            started = time.perf_counter()
+            loss, numbers = step(run.step)
+            numbers |= run.update(loss) | {
+                "loss": loss.item(),
+                "seconds_a_step": time.perf_counter() - started,
+            }
+            for key, value in numbers.items():
+                sums.setdefault(key, []).append(value)
+            if run.step % run.cfg.log_every == 0:
+                line = {key: _mean(values) for key, values in sums.items()}
+                sums = {}
+                run.log(line)
+                if report:
+                    report({"step": run.step} | line)
+            if evaluate and evaluate_every and run.step % evaluate_every == 0:
+                _evaluate(run, evaluate, report)
+                evaluated = run.step
+            run.save_if_due()
+        if evaluate and evaluated != run.step:
+            _evaluate(run, evaluate, report)
+    finally:
+        run.save()
+
+
+def _evaluate(
+    run: TrainingRun, evaluate: Callable[[], dict[str, float]], report: Callable[..., None] | None
+) -> None:
+    figures = {f"val/{key}": value for key, value in evaluate().items()}
+    run.log(figures)
+    if report:
+        report({"step": run.step} | figures)
+
+
+def _groups(model: nn.Module, cfg: RunCfg) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and scalars do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else float("nan")
+
+
+def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "") -> set[str]:
+    found = set()
+    for key in theirs.keys() | mine.keys():
+        a, b = theirs.get(key), mine.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, f"{prefix}{key}.")
+        elif a != b and key not in _MAY_CHANGE:
+            found.add(f"{prefix}{key}")
+    return found
+
+
+_MAY_CHANGE = ("minutes", "checkpoint_minutes", "log_every", "workers", "photos", "val_photos")
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop lines that were written after the checkpoint: they will come again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off in the middle
+        return math.inf

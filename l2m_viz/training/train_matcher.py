@@ -1,0 +1,248 @@
+"""Stage 2: train a dense matcher's network on pairs made from single photos."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from l2m_viz.evaluation import average_precision
+from l2m_viz.geometry import HW
+from l2m_viz.matching.network import DenseNetwork, NetworkCfg
+from l2m_viz.matching.stages import StageOutput
+from l2m_viz.matching.tiny import save_weights
+from l2m_viz.training.augment import AugmentCfg, augment
+from l2m_viz.training.losses import MatcherLossCfg, StageLoss, matcher_losses, reduce_losses
+from l2m_viz.training.pairs import PairCfg
+from l2m_viz.training.run import RunCfg, TrainingRun, run_loop
+from l2m_viz.training.stream import PairBatch, PairStream
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """How hard the pairs are: difficulty is drawn from [low, high], whose upper end grows over the first steps."""
+
+    low: float = 0.2
+    high_first: float = 0.6
+    high_last: float = 2.0
+    ramp_steps: int = 3000
+
+    def range_at(self, step: int) -> tuple[float, float]:
+        """The range of a step."""
+        share = min(1.0, step / max(1, self.ramp_steps))
+        return self.low, self.high_first + share * (self.high_last - self.high_first)
+
+
+@dataclass(frozen=True)
+class MatcherTrainingCfg:
+    """Everything that defines a stage-2 run, but for the photos."""
+
+    network: NetworkCfg
+    run: RunCfg = field(default_factory=RunCfg)
+    pairs: PairCfg = field(default_factory=lambda: PairCfg(holes="background"))
+    augment: AugmentCfg = field(default_factory=AugmentCfg)
+    loss: MatcherLossCfg = field(default_factory=MatcherLossCfg)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    batch_size: int = 8
+    # Sizes (H, W) of the batches, in turn: a network that has seen one shape only does not know another.
+    sizes: tuple[HW, ...] = ((256, 256), (224, 288), (288, 224), (192, 320))
+    # Share of a batch whose second view is of another photo: nothing is covisible.
+    unrelated: float = 0.06
+    # Encoder's learning rate over the rest's; 0 freezes it.
+    encoder_lr: float = 1.0
+    evaluate_every: int = 1000
+    workers: int = 1
+
+
+def train_matcher(
+    photos: Path,
+    out: Path,
+    cfg: MatcherTrainingCfg,
+    *,
+    val_photos: Path | None = None,
+    begin_from: dict[str, Tensor] | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
+    device: str = "cpu",
+) -> DenseNetwork:
+    """Train a matcher's network, or go on with the run in ``out``; return it with its averaged weights.
+
+    Args:
+        photos: Folder of photos to make pairs from.
+        out: The run's folder.
+        cfg: Settings; a run in ``out`` goes on only under the same ones.
+        val_photos: Folder of other photos; their pairs judge the averaged weights as training goes.
+        begin_from: Weights of the same network to start from.
+        report: Shown every logged line of numbers.
+        device: Where the network lives.
+
+    Raises:
+        L2MError: the run in ``out`` has other settings.
+        ImageError: no photos.
+    """
+    torch.manual_seed(cfg.run.seed)
+    network = DenseNetwork(cfg.network).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    if cfg.encoder_lr == 0:
+        network.encoder.requires_grad_(False)
+    run = TrainingRun(out, network, cfg.run, asdict(cfg))
+    if begin_from is not None and run.step == 0:
+        run.begin_from(begin_from)
+    batches = _Batches(photos, cfg, run.step)
+
+    def step(number: int) -> tuple[Tensor, dict[str, float]]:
+        network.train()
+        batch = batches.next(number)
+        image_A, image_B = _images(batch, cfg.augment, device)
+        batch = _with_unrelated(batch, cfg.unrelated)
+        image_B = _rolled(image_B, batch)
+        with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
+            there, back = network(image_A, image_B)
+        terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
+        return terms["total"], {k: v.item() for k, v in terms.items() if k != "total"} | _errors(per_stage)
+
+    evaluate = None
+    if val_photos is not None:
+        judge = _Judge(val_photos, cfg, device)
+        evaluate = lambda: judge(run.ema.module)  # noqa: E731
+    run_loop(run, step, evaluate, cfg.evaluate_every, report)
+    meta = {"name": "l2m-tiny", "steps": str(run.step), "minutes": f"{run.trained_seconds / 60:.0f}"}
+    save_weights(out / WEIGHTS, run.ema.module.state_dict(), meta)
+    return run.ema.module  # pyright: ignore[reportReturnType]
+
+
+class _Batches:
+    """Batch number n of the run: sizes take turns, each with a stream of its own."""
+
+    def __init__(self, photos: Path, cfg: MatcherTrainingCfg, first_step: int) -> None:
+        self._cfg, self._photos = cfg, photos
+        self._streams: list[Iterator[PairBatch]] = [
+            iter(self._stream(turn, self._turns_before(first_step, turn))) for turn in range(len(cfg.sizes))
+        ]
+
+    def next(self, step: int) -> PairBatch:
+        return next(self._streams[step % len(self._streams)])
+
+    def _turns_before(self, step: int, turn: int) -> int:
+        count = len(self._cfg.sizes)
+        return step // count + (step % count > turn)
+
+    def _stream(self, turn: int, batches_done: int) -> PairStream:
+        cfg, count = self._cfg, len(self._cfg.sizes)
+
+        def difficulty(index: int) -> float:
+            low, high = cfg.curriculum.range_at(index // cfg.batch_size * count + turn)
+            draw = torch.Generator().manual_seed(index * count + turn)
+            return low + (high - low) * torch.rand((), generator=draw).item()
+
+        return PairStream(
+            self._photos,
+            replace(cfg.pairs, hw=cfg.sizes[turn]),
+            batch_size=cfg.batch_size,
+            seed=cfg.run.seed * 1000 + turn,
+            num_workers=cfg.workers,
+            start=batches_done * cfg.batch_size,
+            difficulty=difficulty,
+        )
+
+
+class _Judge:
+    """Figures on pairs of photos that are not trained on: always the same pairs."""
+
+    def __init__(self, photos: Path, cfg: MatcherTrainingCfg, device: str, batches: int = 8) -> None:
+        stream = PairStream(
+            photos,
+            replace(cfg.pairs, hw=cfg.sizes[0]),
+            batch_size=8,
+            seed=12345,
+            length=batches,
+            difficulty=(0.3, 1.5),
+        )
+        self._batches, self._device, self._cfg = list(stream), device, cfg
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        network.eval()
+        errors, coarse, scores, labels = [], [], [], []
+        for batch in self._batches:
+            image_A, image_B = (_channels_first(i, self._device) for i in (batch.image_A, batch.image_B))
+            with torch.autocast(self._device, torch.bfloat16, enabled=self._cfg.run.bf16):
+                stages, _ = network(image_A, image_B)
+            hw = (image_B.shape[-2], image_B.shape[-1])
+            losses = matcher_losses(
+                stages,
+                batch.warp_A_to_B.to(self._device),
+                batch.covisibility_A_to_B.to(self._device),
+                hw,
+                self._cfg.loss,
+            )
+            errors.append(losses[-1].epe_px[losses[-1].covisible])
+            coarse.append(losses[0].epe_px[losses[0].covisible])
+            scores.append(stages[-1].certainty_logit[:, 0][:, ::4, ::4].flatten().float())
+            labels.append(losses[-1].covisible[:, ::4, ::4].flatten())
+        fine, rough = torch.cat(errors), torch.cat(coarse)
+        return {
+            "epe_px": fine.median().item(),
+            "pck1": (fine < 1).float().mean().item(),
+            "pck3": (fine < 3).float().mean().item(),
+            "coarse_right": (rough < 16).float().mean().item(),
+            "ap": average_precision(torch.cat(scores), torch.cat(labels)),
+        }
+
+
+def _images(batch: PairBatch, cfg: AugmentCfg, device: str) -> tuple[Tensor, Tensor]:
+    """Both views, each with its own light, blur and noise, channels first."""
+    both = torch.cat([batch.image_A, batch.image_B]).to(device)
+    seeds = torch.cat([2 * (batch.seeds // 2), 2 * (batch.seeds // 2) + 1])
+    image_A, image_B = augment(both, cfg, seeds=seeds).chunk(2)
+    return _channels_first(image_A, device), _channels_first(image_B, device)
+
+
+def _channels_first(images: Float[Tensor, "b h w 3"], device: str) -> Float[Tensor, "b 3 h w"]:
+    return images.to(device).permute(0, 3, 1, 2)  # strides are channels_last already
+
+
+def _with_unrelated(batch: PairBatch, share: float) -> PairBatch:
+    """Mark pairs as unrelated, by their seeds: covisible nowhere; `_rolled` exchanges the pictures."""
+    related = (batch.seeds % 1000) >= 1000 * share
+    if len(related) < 2 or related.all():
+        return batch
+    keep = related[:, None, None]
+    return replace(
+        batch,
+        covisibility_A_to_B=batch.covisibility_A_to_B & keep,
+        covisibility_B_to_A=batch.covisibility_B_to_A & keep,
+    )
+
+
+def _rolled(image_B: Tensor, batch: PairBatch) -> Tensor:
+    """Give pairs that are covisible nowhere the next pair's second view."""
+    unrelated = ~batch.covisibility_A_to_B.flatten(1).any(dim=1)
+    if not unrelated.any():
+        return image_B
+    return torch.where(unrelated.to(image_B.device)[:, None, None, None], image_B.roll(-1, dims=0), image_B)
+
+
+def _both_directions(
+    there: list[StageOutput], back: list[StageOutput], batch: PairBatch, cfg: MatcherLossCfg, device: str
+) -> tuple[dict[str, Tensor], list[StageLoss]]:
+    hw = (batch.image_A.shape[1], batch.image_A.shape[2])
+    forward = matcher_losses(
+        there, batch.warp_A_to_B.to(device), batch.covisibility_A_to_B.to(device), hw, cfg
+    )
+    backward = matcher_losses(
+        back, batch.warp_B_to_A.to(device), batch.covisibility_B_to_A.to(device), hw, cfg
+    )
+    one, other = reduce_losses(forward, cfg), reduce_losses(backward, cfg)
+    return {key: 0.5 * (one[key] + other[key]) for key in one}, forward
+
+
+def _errors(losses: list[StageLoss]) -> dict[str, float]:
+    """Median end-point error of the first and the last stage, in pixels; NaN (not averaged) without truth."""
+    found = {}
+    for name, loss in (("coarse", losses[0]), ("fine", losses[-1])):
+        errors = loss.epe_px[loss.covisible]
+        found[f"epe_{name}_px"] = errors.median().item() if len(errors) else float("nan")
+    return found

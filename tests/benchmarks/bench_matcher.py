@@ -1,0 +1,202 @@
+"""The dense matcher at the official sizes, random weights: local correlation, sampling, and the whole network.
+
+The whole network against the yardstick takes minutes and 8 GB, so it is marked slow: `make bench ARGS="-m slow"`. Each
+variant runs alone in a process of its own, which is how its peak of memory is known.
+"""
+
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l2m_viz.geometry import HW, normalized_grid
+from l2m_viz.matching import Match
+from l2m_viz.matching.dense import DenseMatcher
+from l2m_viz.matching.local_correlation import local_correlation
+from l2m_viz.matching.network import DenseNetwork, official_cfg
+from l2m_viz.matching.weights import official_key
+
+from .yardstick_matcher import Yardstick, naive_local_correlation
+
+RESOLUTION, UPSAMPLE_RESOLUTION = (560, 560), (864, 864)
+_seconds: dict[str, float] = {}
+
+
+def _correlation_inputs():
+    generator = torch.Generator().manual_seed(0)
+    hw = (70, 70)  # 1/8 of 560
+    a, b = (torch.randn(1, 512, *hw, generator=generator) for _ in range(2))
+    warp = normalized_grid(hw).permute(2, 0, 1)[None] + 0.03 * torch.randn(1, 2, *hw, generator=generator)
+    return [
+        a.contiguous(memory_format=torch.channels_last),
+        b.contiguous(memory_format=torch.channels_last),
+        warp,
+    ]
+
+
+@pytest.mark.parametrize("form", ["naive", "ours"])
+def bench_local_correlation(benchmark, in_units, form):
+    """Radius 3, 512 channels; ours is at least ten times faster."""
+    a, b, warp = _correlation_inputs()
+    if form == "naive":
+        a, b = a.contiguous(), b.contiguous()
+        in_units("local correlation, naive", lambda: naive_local_correlation(a, b, warp, 3))
+    else:
+        moved, flops = 4 * (2 * a.numel() + warp.numel() * 25), 2 * 64 * a.numel()
+        in_units("local correlation", lambda: local_correlation(a, b, warp, 3), moved=moved, flops=flops)
+    _seconds[form] = benchmark.stats.stats.median
+    if len(_seconds) == 2:
+        ratio = _seconds["naive"] / _seconds["ours"]
+        benchmark.extra_info["ratio"] = ratio
+        assert ratio >= 10
+
+
+def bench_balanced_sampling(in_units):
+    """10,000 matches from both directions of a match at 864x864: at most 40 units."""
+    generator = torch.Generator().manual_seed(0)
+    warp = normalized_grid(UPSAMPLE_RESOLUTION) * 0.9 + 0.02 * torch.randn(864, 864, 2, generator=generator)
+    certainty = torch.rand(864, 864, generator=generator)
+    match = Match(warp, certainty, warp, certainty, (864, 864), (864, 864))
+
+    def sample():
+        match.__dict__.pop("_candidates", None)  # the first call finds what may be drawn, and keeps it
+        return match.sample(10_000, generator)
+
+    assert in_units("sample 10,000 of 864x864, both ways", sample) <= 40
+
+
+def _unit() -> float:
+    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    torch.mm(a, b)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _images() -> tuple[torch.Tensor, torch.Tensor]:
+    from l2m_viz.data import load_sample
+
+    sample = load_sample("motorcycle")
+    assert sample.image_B is not None
+    return sample.image_A, sample.image_B
+
+
+def _network() -> DenseNetwork:
+    """Random weights whose batch norms have seen one small pair, so that no map is all zeros or all alike."""
+    torch.manual_seed(0)
+    network = DenseNetwork(official_cfg())
+    torch.nn.init.normal_(network.encoder.vit.pos_embed, std=0.2)  # tokens that know where they are
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    small = [torch.nn.functional.interpolate(x.permute(2, 0, 1)[None], (112, 168)) for x in _images()]
+    with torch.no_grad():
+        network.train()(*small)
+    return network.eval()
+
+
+def _run(variant: str, resolution: HW, upsample: HW, out: str) -> None:
+    """Match one pair, and leave time, unit, peak memory and the result in a file."""
+    precision = "bfloat16" if variant == "bfloat16" else "float32"
+    cfg = DenseMatcher.Cfg(resolution, upsample, precision=precision)
+    matcher = DenseMatcher("official", _network(), cfg, "cpu")
+    match = _match_by_yardstick(matcher) if variant == "yardstick" else lambda: _match(matcher)
+    before = _unit()
+    cpu, start = time.process_time(), time.perf_counter()
+    with torch.no_grad():
+        warp, certainty = match()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    unit = (before + _unit()) / 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    numbers = {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "unit": unit,
+        "peak": peak,
+        "load": os.getloadavg()[0],
+    }
+    np.savez(out, warp=warp, certainty=certainty, **numbers)
+
+
+def _match(matcher: DenseMatcher) -> tuple[torch.Tensor, torch.Tensor]:
+    match = matcher.match(*_images())
+    warps = torch.stack([match.warp_A_to_B, match.warp_B_to_A])
+    return warps, torch.stack([match.certainty_A_to_B, match.certainty_B_to_A])
+
+
+def _match_by_yardstick(matcher: DenseMatcher):
+    """The yardstick with the matcher's weights, on images that the matcher prepared."""
+    upsample = matcher.cfg.upsample_resolution or matcher.cfg.resolution
+    sizes = (matcher.cfg.resolution, upsample)
+    batches = [torch.cat(matcher._batch([_images()], size)).contiguous() for size in sizes]
+    yardstick = Yardstick().eval()
+    weights = {official_key(name): value.contiguous() for name, value in matcher.network.state_dict().items()}
+    yardstick.load_state_dict(weights, assign=True)
+
+    def match() -> tuple[torch.Tensor, torch.Tensor]:
+        warp, certainty = yardstick(*batches)
+        return warp.permute(0, 2, 3, 1), certainty[:, 0]
+
+    return match
+
+
+def _measure(variant: str, folder: Path, resolution=RESOLUTION, upsample=UPSAMPLE_RESOLUTION) -> dict:
+    out = folder / f"{variant}.npz"
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run, args=(variant, resolution, upsample, str(out))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    with np.load(out) as result:
+        return dict(result)
+
+
+def _agreement(ours: dict, theirs: dict, tolerance: float) -> float:
+    """Share of the pixels whose warp and certainty agree."""
+    warp = np.abs(ours["warp"] - theirs["warp"]).max(axis=-1) < tolerance
+    return float((warp & (np.abs(ours["certainty"] - theirs["certainty"]) < tolerance)).mean())
+
+
+def bench_small_network_equals_the_yardstick(benchmark, tmp_path):
+    """The same weights at a rectangular size, quickly: 99.9 % of the pixels within 1e-3."""
+    sizes = ((112, 168), (160, 224))
+    yardstick = _measure("yardstick", tmp_path, *sizes)
+    ours = benchmark.pedantic(lambda: _measure("float32", tmp_path, *sizes), rounds=1)
+    assert _agreement(ours, yardstick, 1e-3) >= 0.999
+
+
+@pytest.mark.slow
+def bench_whole_network(benchmark, tmp_path, capsys):
+    """560 then 864, one pair, both ways, against the yardstick."""
+    results = {variant: _measure(variant, tmp_path) for variant in ("float32", "bfloat16", "yardstick")}
+    benchmark.pedantic(lambda: None, rounds=1)  # timed inside, each variant in its process
+    yardstick = results["yardstick"]
+    for variant, result in results.items():
+        units, agreement = result["seconds"] / result["unit"], _agreement(result, yardstick, 1e-3)
+        benchmark.extra_info[variant] = {
+            "units": units,
+            "peak_gb": result["peak"] / 1e9,
+            "agreement": agreement,
+        }
+        with capsys.disabled():
+            print(
+                f"\n{variant}: {result['seconds']:.1f} s = {units:.0f} units (unit {result['unit'] * 1e3:.1f} ms, "
+                f"load {result['load']:.1f}), peak {result['peak'] / 1e9:.2f} GB, "
+                f"{agreement:.2%} of the pixels as the yardstick",
+                end="",
+            )
+    units = {variant: result["seconds"] / result["unit"] for variant, result in results.items()}
+    assert units["yardstick"] / units["float32"] >= 2
+    assert units["yardstick"] / units["bfloat16"] >= 5
+    assert _agreement(results["float32"], yardstick, 1e-3) >= 0.999
+    assert results["float32"]["peak"] <= 3.75e9

@@ -1,0 +1,27 @@
+"""The match decoder against the official module and its own symmetry."""
+
+import torch
+
+from l2m_viz.matching.transformer_decoder import TransformerCfg, TransformerDecoder
+
+
+def test_reproduces_the_official_module(golden):
+    official = {
+        key: torch.from_numpy(array) for key, array in golden("match_decoder").items() if key != "meta"
+    }
+    decoder = TransformerDecoder(TransformerCfg(blocks=2, heads=8), dim=32, num_anchors=4096)
+    decoder.load_state_dict({key[2:]: value for key, value in official.items() if key.startswith("w.")})
+    logits, certainty = decoder(torch.cat([official["in.gp_posterior"], official["in.features"]], dim=1))
+    torch.testing.assert_close(logits, official["out.anchor_logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(certainty, official["out.certainty"], atol=1e-4, rtol=0)
+
+
+def test_moving_the_cells_moves_the_answers():
+    """There are no positions: attention sees a set of cells."""
+    torch.manual_seed(0)
+    decoder = TransformerDecoder(TransformerCfg(blocks=2, heads=2), dim=12, num_anchors=10)
+    features = torch.randn(2, 12, 3, 5)
+    order = torch.randperm(15)
+    shuffled = features.flatten(2)[:, :, order].unflatten(2, (3, 5))
+    for out, of_shuffled in zip(decoder(features), decoder(shuffled), strict=True):
+        torch.testing.assert_close(out.flatten(2)[:, :, order], of_shuffled.flatten(2), atol=1e-5, rtol=0)

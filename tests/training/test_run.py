@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from l2m_viz.errors import FileFormatError, L2MError
+from l2m_viz.training.run import RunCfg, TrainingRun, run_loop
+
+CFG = RunCfg(steps=12, lr=0.1, warmup_steps=2, log_every=3, ema_decay=0.5)
+
+
+def _model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def _begin(folder, cfg=CFG, **settings):
+    return TrainingRun(folder, _model(), cfg, {"lr": cfg.lr, **settings})
+
+
+def _step(run, seen=None):
+    def step(number):
+        if seen is not None:
+            seen.append(number)
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+        loss = (run.model(x) - x.sum(dim=1, keepdim=True) + 0.01 * torch.randn(8, 1)).square().mean()
+        return loss, {"twice": 2 * number}
+
+    return step
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_cut_off_and_resumed_ends_where_an_uninterrupted_one_does(tmp_path):
+    whole = _begin(tmp_path / "whole")
+    torch.manual_seed(0)
+    run_loop(whole, _step(whole))
+
+    first = _begin(tmp_path / "parts")
+    torch.manual_seed(0)
+    step = _step(first)
+
+    def dies_at_8(number):
+        if number == 8:
+            raise KeyboardInterrupt
+        if number == 6:
+            first.save()
+        return step(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(first, dies_at_8)
+    second = _begin(tmp_path / "parts")
+    assert second.step == 8
+    seen = []
+    run_loop(second, _step(second, seen))
+    assert seen == [8, 9, 10, 11]
+    for key, value in whole.ema.module.state_dict().items():
+        torch.testing.assert_close(second.ema.module.state_dict()[key], value, msg=key)
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[key], value, msg=key)
+
+
+def test_after_kill_the_log_has_each_step_once(tmp_path):
+    run = _begin(tmp_path)
+    step = _step(run)
+    for _ in range(6):
+        loss, _ = step(run.step)
+        run.update(loss)
+        run.log({"loss": loss.item()})
+        if run.step == 4:
+            run.save()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed in the middle of a line
+    resumed = _begin(tmp_path)
+    assert resumed.step == 4
+    assert [line["step"] for line in _log(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_the_average_is_the_exponential_one(tmp_path):
+    run = _begin(tmp_path)
+    weight = run.model[0].weight
+    mean = weight.detach().clone()
+    for number in range(5):
+        loss, _ = _step(run)(number)
+        run.update(loss)
+        mean = weight.detach().clone() if number == 0 else 0.5 * mean + 0.5 * weight.detach()
+    torch.testing.assert_close(run.ema.module[0].weight, mean)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_changes_nothing(tmp_path, bad):
+    run = _begin(tmp_path)
+    before = [p.clone() for p in run.model.parameters()]
+    numbers = run.update(run.model[0].weight.sum() * bad)
+    assert numbers["skipped"] == 1
+    assert run.step == 1
+    for p, q in zip(run.model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    cfg = RunCfg(steps=100, lr=1.0, warmup_steps=10, cooldown=0.2)
+    assert cfg.lr_at(0) == pytest.approx(0.1)
+    assert [cfg.lr_at(s) for s in (9, 50, 80)] == pytest.approx([1, 1, 1])
+    assert cfg.lr_at(90) == pytest.approx(0.01 + 0.99 / 2)
+    assert cfg.lr_at(100) == pytest.approx(0.01)
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):
+    _begin(tmp_path, batch={"size": 3, "workers": 1}).save()
+    _begin(tmp_path, batch={"size": 3, "workers": 2})  # only how fast
+    with pytest.raises(L2MError, match=r"batch\.size"):
+        _begin(tmp_path, batch={"size": 4, "workers": 1})
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    _begin(tmp_path).save()
+    data = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileFormatError, match=r"checkpoint\.pt"):
+        _begin(tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(FileFormatError, match="Weights only load failed"):
+        _begin(tmp_path)
+
+
+def test_minutes_stop_a_session(tmp_path):
+    cfg = RunCfg(steps=10**6, minutes=1e-9)
+    run = TrainingRun(tmp_path, _model(), cfg, {})
+    run_loop(run, _step(run))
+    assert run.step == 0
+
+
+def test_evaluation_sees_the_average_and_is_logged(tmp_path):
+    run = _begin(tmp_path)
+    run_loop(run, _step(run), evaluate=lambda: {"figure": 7.0}, evaluate_every=6)
+    assert [line["step"] for line in _log(tmp_path) if "val/figure" in line] == [6, 12]
+    assert [line["twice"] for line in _log(tmp_path) if "twice" in line] == [2, 8, 14, 20]  # means of three
