@@ -14,6 +14,14 @@ from .errors import (
     MissingError as MissingError,
     ShapeError as ShapeError,
 )
+from .evaluation import (
+    Report as Report,
+    estimate_pose as estimate_pose,
+    evaluate as evaluate,
+    load_dev_pairs as load_dev_pairs,
+    pck as pck,
+    pose_auc as pose_auc,
+)
 from .gaussians import (
     FeatureView as FeatureView,
     FitCfg as FitCfg,
@@ -41,6 +49,7 @@ from .lifting import (
     lift as lift,
     read_depth as read_depth,
     sample_cameras as sample_cameras,
+    synthesise_views as synthesise_views,
     warp_from_depth as warp_from_depth,
 )
 from .matching import (
@@ -49,6 +58,14 @@ from .matching import (
     Matches as Matches,
     list_matchers as list_matchers,
     load_matcher as load_matcher,
+)
+from .training import (
+    Pair as Pair,
+    PairCfg as PairCfg,
+    PairStream as PairStream,
+    ShardReader as ShardReader,
+    augment as augment,
+    make_pair as make_pair,
 )
 
 __version__: str

@@ -46,9 +46,9 @@ def num_threads() -> int:
 def keep_memory() -> None:
     """Let the C library keep what is freed, for the big tensors that come next.
 
-    glibc hands every block of more than 32 MB back to the system, which then zeroes each of its pages again: in training
-    and in dense matching on a CPU that takes as long as the work itself. For programs, not for libraries: it is called
-    by the command line, the app and by worker processes, never on import.
+    glibc hands every block of more than 32 MB back to the system, which then zeroes each of its pages again: in
+    training and in dense matching on a CPU that takes as long as the work itself. For programs, not for libraries: the
+    command line, the app and the trainings call it, never an import.
     """
     if sys.platform != "linux":
         return

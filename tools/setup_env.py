@@ -32,7 +32,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "l2m-environment.json"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "app,notebooks,dev,gpu,models"
+EXTRAS = "app,notebooks,dev,gpu,models,training"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5.0
 

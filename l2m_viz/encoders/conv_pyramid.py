@@ -63,7 +63,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.first = _conv_norm(width, width, 3)
         self.second = _conv_norm(width, width, 3)
-        nn.init.zeros_(self.second[1].weight)  # starts as the identity, so that depth costs no trainability
+        # starts as the identity, so that depth costs no trainability
+        nn.init.zeros_(self.second[1].weight)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Same shape."""

@@ -25,6 +25,7 @@ from l2m_viz.lifting.scene import (
     lift as lift,
 )
 from l2m_viz.lifting.sky import mask_sky as mask_sky, sky_mask as sky_mask
+from l2m_viz.lifting.synthesis import SynthesisCfg as SynthesisCfg, synthesise_views as synthesise_views
 from l2m_viz.lifting.views import (
     ViewSamplerCfg as ViewSamplerCfg,
     orbit_cameras as orbit_cameras,

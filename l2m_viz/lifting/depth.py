@@ -152,7 +152,8 @@ def estimate_depth(
         method: "prior" is a guess from rules without learned weights, plausible and measuring nothing; see
             `l2m_viz.lifting.prior`. "depth-anything-v2-small", "-base" and "-large" are networks, whose weights have
             to be on this machine; see `l2m_viz.lifting.networks`. "random-planes" invents a geometry, for training
-            pairs only; see `l2m_viz.lifting.random_planes`.
+            pairs only; see `l2m_viz.lifting.random_planes`. "flat" puts everything at distance 1, as if the photo
+            were a print on a wall: its views are homographies, the 2D augmentation that stage 1 starts from.
         K: intrinsics in pixels, for estimators that can use them.
         generator: randomness of "random-planes"; the others draw nothing and always answer the same.
 
@@ -223,6 +224,12 @@ def _estimate_random_planes(image: Tensor, K: Tensor | None, generator: torch.Ge
     return depth_from_disparity(random_planes_disparity(image, generator), method="random-planes")
 
 
+def _estimate_flat(image: Tensor, K: Tensor | None, generator: torch.Generator | None) -> Depth:
+    del K, generator
+    depth = torch.ones(image.shape[:2])
+    return Depth(depth, torch.ones_like(depth, dtype=torch.bool), kind="relative", method="flat")
+
+
 def _estimate_depth_anything(
     image: Tensor, K: Tensor | None, generator: torch.Generator | None, variant: str
 ) -> Depth:
@@ -235,6 +242,7 @@ def _estimate_depth_anything(
 _ESTIMATORS: dict[str, Callable[[Tensor, Tensor | None, torch.Generator | None], Depth]] = {
     "prior": _estimate_prior,
     "random-planes": _estimate_random_planes,
+    "flat": _estimate_flat,
     **{
         f"depth-anything-v2-{variant}": partial(_estimate_depth_anything, variant=variant)
         for variant in VARIANTS

@@ -24,7 +24,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__(width, width, kernel, padding=kernel // 2, groups=width)
 
-    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:  # noqa: A002 (torch's name)
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Same shape."""
         learns = torch.is_grad_enabled() and self.weight.requires_grad
         if not learns or input.device.type != "cpu" or self.kernel_size[0] != _KERNEL or input.dtype == torch.float64:

@@ -32,7 +32,7 @@ def local_correlation(
     features_A, features_B = features_A.to(dtype), features_B.detach().to(dtype)
     h, w = features_B.shape[-2:]
     targets = to_integer_centers(to_pixel(warp.detach().permute(0, 2, 3, 1).to(dtype), (h, w)))  # [b h w 2]
-    if features_A.device.type == "cpu" and dtype == torch.float32 and not _is_traced():
+    if features_A.device.type == "cpu" and dtype == torch.float32 and not is_traced():
         correlation = _Correlate.apply(features_A, features_B, targets, radius)
     else:
         correlation = _correlate_in_torch(features_A, features_B, targets, radius)
@@ -100,7 +100,7 @@ def _correlate_in_torch(
     return torch.lerp(upper, lower, y.nan_to_num()[..., None]).flatten(-2)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether operations are being written down, for export or a compiler, which cannot see into a kernel."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()  # pyright: ignore[reportPrivateImportUsage]
 

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from l2m_viz.encoders.folding import conv_norm
+from l2m_viz.encoders.folding import conv_norm, fold
 from l2m_viz.geometry import HW, normalized_grid
 from l2m_viz.matching.depthwise import DepthwiseConv2d
-from l2m_viz.matching.local_correlation import local_correlation
+from l2m_viz.matching.local_correlation import is_traced, local_correlation
 
 _BATCH_NORM_MOMENTUM = 0.01  # RoMa's
 # RoMa embeds the displacement in units of a 32nd of the coarsest training size, 40 cells of 14 px.
 _DISPLACEMENT_SCALE = 40 / 32
+_BAND_BYTES = 2 * 2**20  # about a core's second-level cache
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,37 @@ class Refiner(nn.Module):
         inputs = [features_A, sampled, self._embed(warp, scale_factor)]
         if self.cfg.radius is not None:
             inputs.append(local_correlation(features_A, features_B, warp, self.cfg.radius))
-        x = torch.cat([part.to(dtype) for part in inputs], dim=1)
-        x = self.blocks(x.contiguous(memory_format=torch.channels_last))
+        learns = torch.is_grad_enabled() or self.training
+        in_bands = warp.device.type == "cpu" and not learns and not is_traced()
+        x = self._run_in_bands(inputs, dtype) if in_bands else self._run(inputs, dtype)
         with torch.autocast(x.device.type, enabled=False):
             out = self.head(x.float())
         return out[:, :2], out[:, 2:]
+
+    def _run(self, inputs: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "b d h w"]:
+        x = torch.cat([part.to(dtype) for part in inputs], dim=1)
+        return self.blocks(x.contiguous(memory_format=torch.channels_last))
+
+    def _run_in_bands(self, inputs: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "b d h w"]:
+        """The same without gradients on a CPU: two buffers for all blocks, and nothing else that is large.
+
+        A fresh map of tens of megabytes costs more in page faults than the convolution that fills it. Buffers are
+        channels last, with a rim of zero rows that the convolutions reach into.
+        """
+        rim = self.cfg.kernel // 2
+        x = _buffer(inputs[0], sum(part.shape[1] for part in inputs), rim, dtype)
+        for part, place in zip(
+            inputs, x[:, rim:-rim].split([part.shape[1] for part in inputs], dim=-1), strict=True
+        ):
+            place.copy_(part.permute(0, 2, 3, 1))
+        out = None
+        for block in self.blocks:
+            width = block[-1].out_channels  # pyright: ignore[reportIndexIssue]
+            if out is None or out.shape[-1] != width:
+                out = _buffer(inputs[0], width, rim, dtype)
+            block.run_in_bands(x, out)  # pyright: ignore[reportCallIssue]
+            x, out = out, x
+        return x[:, rim:-rim].permute(0, 3, 1, 2)
 
     def _embed(self, warp: Float[Tensor, "b 2 h w"], scale_factor: float) -> Float[Tensor, "b d h w"]:
         """Embed how far each cell's target is from its own place."""
@@ -108,6 +135,32 @@ class RefinerBlock(nn.Sequential):
         """Run the block; in evaluation the norm is part of the convolution."""
         depthwise, norm, relu, pointwise = self
         return pointwise(relu(conv_norm(input, depthwise, norm)))  # pyright: ignore[reportArgumentType]
+
+    def run_in_bands(self, x: Float[Tensor, "b h w c"], out: Float[Tensor, "b h w d"]) -> None:
+        """The block from one buffer (see `Refiner`) to another, a few rows at a time, which stay in the cache."""
+        depthwise, norm, _, pointwise = self
+        weight, bias = fold(depthwise, norm)  # pyright: ignore[reportArgumentType]
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        matrix, shift = pointwise.weight.flatten(1).T.to(x.dtype), pointwise.bias.to(x.dtype)  # pyright: ignore
+        rim = weight.shape[-1] // 2
+        channels, width = x.shape[-1], x.shape[2]
+        rows = max(1, _BAND_BYTES // (width * channels * x.element_size()))
+        with torch.autocast("cpu", enabled=False):
+            for source, target in zip(x, out[:, rim:-rim], strict=True):
+                for top in range(0, len(target), rows):
+                    band = target[top : top + rows]
+                    above_and_below = source[top : top + len(band) + 2 * rim].permute(2, 0, 1)[None]
+                    y = F.conv2d(above_and_below, weight, bias, padding=(0, rim), groups=channels).relu_()
+                    y = y[0].permute(1, 2, 0).reshape(-1, channels)
+                    torch.addmm(shift, y, matrix, out=band.view(-1, band.shape[-1]))
+
+
+def _buffer(like: Float[Tensor, "b c h w"], width: int, rim: int, dtype: torch.dtype) -> Tensor:
+    """A map (B, rim + H + rim, W, width) whose rims are zero and the rest is not yet anything."""
+    b, _, h, w = like.shape
+    buffer = torch.empty(b, h + 2 * rim, w, width, dtype=dtype)
+    buffer[:, :rim] = buffer[:, -rim:] = 0
+    return buffer
 
 
 def _working_dtype(features: Tensor) -> torch.dtype:

@@ -12,6 +12,12 @@ from l2m_viz.geometry import HW
 from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
 from l2m_viz.matching.matcher import Matcher
+from l2m_viz.matching.tiny import (
+    TINY_RESOLUTION,
+    TINY_UPSAMPLE_RESOLUTION,
+    fastest_precision,
+    load_tiny,
+)
 from l2m_viz.matching.weights import CHECKPOINTS, load_published
 
 
@@ -72,10 +78,30 @@ def _dense(name: str, summary: str) -> _Entry:
     return _Entry("dense", summary, load, takes, (checkpoint.decoder, checkpoint.backbone))
 
 
+def _tiny(options: _Options, device: torch.device) -> Matcher:
+    """The network that ships with the package."""
+    from l2m_viz.matching.dense import DenseMatcher
+
+    cfg = DenseMatcher.Cfg(
+        resolution=options.resolution or TINY_RESOLUTION,
+        upsample_resolution=options.upsample_resolution or TINY_UPSAMPLE_RESOLUTION,
+        keep_aspect=options.resolution is None and options.upsample_resolution is None,
+        attenuate=False,
+        precision=fastest_precision(device),
+    )
+    return DenseMatcher("l2m-tiny", load_tiny(options.weights), cfg, device)
+
+
 _PAIR = ("weights", "backbone_weights")
 
 # A matcher of the package's own goes at the head of its kind; what it is loaded from, into `files`.
 _MATCHERS: dict[str, _Entry] = {
+    "l2m-tiny": _Entry(
+        "dense",
+        "our small network, trained on single photos alone: wide baselines on a laptop",
+        _tiny,
+        ("weights", "resolution", "upsample_resolution"),
+    ),
     "dis": _Entry("dense", "DIS optical flow both ways: small motion, sub-pixel", lambda *_: DisMatcher()),
     "l2m++": _dense("l2m++", "L2M++ (2026): RoMa's network, trained on lifted single images and videos"),
     "l2m++-v2": _dense("l2m++-v2", "L2M++, second version"),

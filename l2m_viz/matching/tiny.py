@@ -2,16 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from l2m_viz.data.files import atomic_write
 from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
+from l2m_viz.encoders.weights import load_strict
 from l2m_viz.errors import FileFormatError
+from l2m_viz.geometry import HW
 from l2m_viz.matching.attention import AttentionCoarseCfg
-from l2m_viz.matching.network import NetworkCfg
+from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.refiner import RefinerCfg
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "l2m-tiny.safetensors"
+# Shorter sides in pixels of the two passes; the aspect is the image's own.
+TINY_RESOLUTION: HW = (384, 384)
+TINY_UPSAMPLE_RESOLUTION: HW | None = (480, 480)
 
 
 def tiny_cfg() -> NetworkCfg:
@@ -26,6 +34,25 @@ def tiny_cfg() -> NetworkCfg:
         ),
         projections=((8, 64), (4, 32), (2, 16)),
     )
+
+
+def load_tiny(weights: str | Path | None = None) -> DenseNetwork:
+    """Build l2m-tiny from a file of weights; None takes the shipped ones.
+
+    Raises:
+        FileFormatError: the file is absent, damaged, or another network's.
+    """
+    path = Path(weights or SHIPPED)
+    with torch.device("meta"):
+        network = DenseNetwork(tiny_cfg())
+    return load_strict(network, read_weights(path)[0], str(path.name))
+
+
+def fastest_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """Bfloat16 where the processor multiplies it in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def save_weights(path: Path, state: dict[str, Tensor], meta: dict[str, str]) -> None:

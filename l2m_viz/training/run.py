@@ -87,6 +87,7 @@ class TrainingRun:
         self._started = self._saved_at = time.monotonic()
         self._base_seconds = 0.0
         self._agree(settings)
+        self._board = _tensorboard(folder)
         if (folder / _CHECKPOINT).is_file():
             self._load()
 
@@ -150,6 +151,9 @@ class TrainingRun:
         }
         with (self.folder / _LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, self.step)
 
     def _load(self) -> None:
         path = self.folder / _CHECKPOINT
@@ -221,6 +225,21 @@ def run_loop(
             _evaluate(run, evaluate, report)
     finally:
         run.save()
+
+
+def _tensorboard(folder: Path) -> Any:  # noqa: ANN401 (an optional package)
+    """A writer of TensorBoard events into the run's folder, or None where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
+
+
+def print_numbers(numbers: dict[str, float]) -> None:
+    """Print a report as one line."""
+    step, *rest = numbers.items()
+    print(f"{step[0]} {step[1]:g}:", *(f"{key} {value:.4g}" for key, value in rest), flush=True)
 
 
 def _evaluate(

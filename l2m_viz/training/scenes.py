@@ -63,7 +63,7 @@ class SceneStream:
             num_workers=self._workers,
             multiprocessing_context="spawn" if self._workers else None,
             worker_init_fn=use_one_thread,
-            collate_fn=_as_is,
+            collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
             generator=torch.Generator(),
         )
         warned: set[str] = set()

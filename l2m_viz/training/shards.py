@@ -60,8 +60,8 @@ _MAX_PIXELS = 4096 * 4096
 _MAX_BYTES = {"image_A.png": 2**27, "image_B.png": 2**27, "truth.npz": 2**28, "json": 2**16}
 _MAX_INDEX_BYTES = 2**28
 _MAX_TAIL_BYTES = 2**20  # zeros behind the last member: tar fills up to 10 kB
-# Runs of equal bytes are all that is worth looking for in photos behind PNG's filters: as small as level 6, and 5 times
-# as fast.
+# Runs of equal bytes are all that is worth looking for in photos behind PNG's filters: 3.5 times as fast as level 6,
+# and 2 % larger.
 _PNG_COMPRESSION = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 _TODO_DAMAGED = "`l2m synth` with `--verify` makes damaged shards again"
 

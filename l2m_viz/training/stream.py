@@ -345,6 +345,7 @@ def use_one_thread(worker: int) -> None:
     del worker
     numba.set_num_threads(1)
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)  # last: numba's start sets the OpenMP that both may share to all cores
 
 
 def list_photos(folder: Path) -> tuple[str, ...]:

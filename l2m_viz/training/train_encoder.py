@@ -256,7 +256,7 @@ def info_nce(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], temperature: floa
 
 @torch.no_grad()
 def feature_goal(
-    teacher: ConvPyramid, views: list[View], min_alpha: float
+    teacher: nn.Module, views: list[View], min_alpha: float
 ) -> tuple[Float[Tensor, "h w d"], Bool[Tensor, "h w"]]:
     """What the feature Gaussians of all but the last view render at the last one, and where they were seen.
 

@@ -21,13 +21,16 @@ _PIXELS = 256 * 256
 def _one_core() -> Iterator[None]:
     """As a worker of a stream runs; the unit stays one of all cores."""
     threads = torch.get_num_threads(), numba.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)
     numba.set_num_threads(1)
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)  # last: numba's start sets the OpenMP that both may share to all cores
     yield
-    torch.set_num_threads(threads[0])
     numba.set_num_threads(threads[1])
     cv2.setNumThreads(threads[2])
+    torch.set_num_threads(threads[0])
+
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # type checks are the tests', not a user's
 
 
 @pytest.fixture(scope="module")

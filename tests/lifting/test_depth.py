@@ -13,7 +13,16 @@ from jaxtyping import TypeCheckError
 from PIL import Image
 
 from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError
-from l2m_viz.lifting import depth as depth_module
+from l2m_viz.geometry import (
+    Camera,
+    intrinsics,
+    normalized_grid,
+    plane_homography,
+    pose_from_rotation,
+    rotation_from_axis_angle,
+    to_pixel,
+)
+from l2m_viz.lifting import depth as depth_module, lift, warp_from_depth
 from l2m_viz.lifting.depth import (
     DEPTH_RANGE,
     Depth,
@@ -382,3 +391,20 @@ def test_exr_says_what_is_missing(tmp_path, monkeypatch):
     refused(tmp_path / "depth.exr", "expected an EXR file")
     monkeypatch.setattr(cv2, "imread", lambda *_: METRES.astype(np.float32))
     assert read_depth(tmp_path / "depth.exr").hw == (H, W)
+
+
+def test_flat_depth_makes_every_view_a_homography():
+    image = torch.rand(24, 32, 3, generator=torch.Generator().manual_seed(0))
+    K = intrinsics(30.0, (24, 32))
+    scene = lift(image, estimate_depth(image, "flat"), K)
+    pose = pose_from_rotation(
+        rotation_from_axis_angle(torch.tensor([0.05, -0.1, 0.2])), torch.tensor([0.1, 0, 0.1])
+    )
+    view = scene.render(Camera(K, pose, width=32, height=24))
+    warp, seen = warp_from_depth(view.depth, K, scene.depth, K, torch.linalg.inv(pose), ~view.hole_mask)
+    homography = torch.linalg.inv(plane_homography(K, K, pose, torch.tensor([0.0, 0.0, 1.0]), 1.0))
+    at = to_pixel(normalized_grid((24, 32)), (24, 32))
+    mapped = torch.cat([at, torch.ones(24, 32, 1)], dim=-1) @ homography.T
+    expected = mapped[..., :2] / mapped[..., 2:]
+    assert seen.float().mean() > 0.5
+    torch.testing.assert_close(to_pixel(warp, (24, 32))[seen], expected[seen], atol=2e-3, rtol=0)

@@ -134,13 +134,13 @@ def test_probabilities_are_shares(photo):
     )
     cfg = replace(cfg, p_roll=0.5, min_overlap=0.01)
     grey = torch.full((24, 32, 3), 0.25)
-    pairs = [make_pair(photo, cfg, seed=seed, background=grey) for seed in range(100)]
-    plain = [make_pair(photo, replace(cfg, p_relight=0.0), seed=seed, background=grey) for seed in range(100)]
+    pairs = [make_pair(photo, cfg, seed=seed, background=grey) for seed in range(60)]
+    plain = [make_pair(photo, replace(cfg, p_relight=0.0), seed=seed, background=grey) for seed in range(60)]
     filled = sum(bool(pair.inpainted_mask_B.any()) for pair in pairs)
     lit = sum(not torch.equal(a.image_A, b.image_A) for a, b in zip(pairs, plain, strict=True))
     rolled = sum(abs(pair.T_A_to_B[0, 0].item()) < 0.5 for pair in pairs)
-    for count, share in ((filled, 30), (lit, 60), (rolled, 50)):
-        assert abs(count - share) <= 15  # three standard deviations
+    for count, share in ((filled, 18), (lit, 36), (rolled, 30)):
+        assert abs(count - share) <= 12  # three standard deviations
 
 
 def test_a_rolled_pair_is_as_exact(photo):
