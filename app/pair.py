@@ -59,8 +59,11 @@ def pair_tab(examples: list[Example]) -> None:
     with gr.Row():
         image_A, image_B = _upload("Image A"), _upload("Image B")
         with gr.Column(scale=2, min_width=260):
-            choices = [(f"{info.name}: {info.summary}", info.name) for info in list_matchers()]
+            here = [info for info in list_matchers() if info.available]
+            choices = [(f"{info.name}: {info.summary}", info.name) for info in here]
             matcher = gr.Dropdown(choices, value=choices[0][1], label="Matcher", elem_id="matcher")
+            with gr.Accordion("Matchers that need files first", open=False, elem_id="absent"):
+                gr.Markdown(_absent())
             run = gr.Button("Match", variant="primary", elem_id="match")
             status = gr.Markdown(_WAITING, elem_id="status", min_height=60)
     labels = [example.label for example in examples]
@@ -103,6 +106,13 @@ def pair_tab(examples: list[Example]) -> None:
             lambda: (gr.Column(visible=False), _WAITING), None, [results, status], queue=False, **cheap
         )
     out.click_A.select(_on_click, result, [out.click_A, out.click_B, out.click_text], **cheap)
+
+
+def _absent() -> str:
+    """What the matchers that cannot run here and now need, as a list."""
+    absent = [info for info in list_matchers() if not info.available]
+    rows = [f"- **{info.name}** ({info.summary}): {info.needs}" for info in absent]
+    return "\n".join([*rows, "", "Put the files there, or run `l2m match A B --matcher NAME` once online."])
 
 
 def _uploaded_path(_: gr.Image, payload: ImageData | None) -> str | None:

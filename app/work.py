@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from l2m_viz.data import read_image, to_uint8
 from l2m_viz.errors import ImageError, L2MError
 from l2m_viz.evaluation import compare_with_truth, end_point_error
 from l2m_viz.geometry import normalized_grid, sample_warp
-from l2m_viz.matching import Match, Matches, load_matcher
+from l2m_viz.matching import Match, Matcher, Matches, load_matcher
 from l2m_viz.show.colors import colorize
 from l2m_viz.show.pair import PairView, match_numbers, view_pair
 from l2m_viz.show.report import Number
@@ -66,7 +67,7 @@ def match_files(
     image_A, image_B = _read(path_A, "A"), _read(path_B, "B")
     tell(0.2, f"matching with {matcher}")
     start = time.perf_counter()
-    match = load_matcher(matcher).match(image_A, image_B)
+    match = _loaded(matcher).match(image_A, image_B)
     seconds = time.perf_counter() - start
     tell(0.8, "sampling and drawing")
     own = Path(folder) / uuid.uuid4().hex  # a name that another visitor cannot guess
@@ -82,6 +83,12 @@ def match_files(
         measured=compare_with_truth(match, truth.warp, truth.covisible, truth.known) if truth else {},
         folder=own,
     )
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> Matcher:
+    """The matcher that was used last stays in memory: a large network takes seconds to load."""
+    return load_matcher(name)
 
 
 def numbers(result: PairResult, min_certainty: float) -> list[Number]:

@@ -20,7 +20,7 @@ from l2m_viz.evaluation import (
     load_dev_pairs,
     report_format,
 )
-from l2m_viz.jobs import inspect_shards, lift_to_folder, match_to_folder
+from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_to_folder
 from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
 from l2m_viz.parallel import keep_memory
@@ -52,18 +52,23 @@ def demo(cfg: Annotated[DemoCfg, tyro.conf.arg(name="")]) -> None:
 
 @app.command
 def match(
-    image_a: _Path, image_b: _Path, matcher: str = "dis", out: Path = Path("outputs/match"), num: int = 5000
+    image_a: _Path,
+    image_b: _Path,
+    cfg: Annotated[MatcherOptions, tyro.conf.arg(name="")],
+    out: Path = Path("outputs/match"),
+    num: int = 5000,
 ) -> None:
     """Match two images: warp and certainty as npz, sampled matches as CSV, pictures.
 
     Args:
         image_a: Image A.
         image_b: Image B.
-        matcher: Which matcher; `l2m matchers` lists them.
+        cfg: Which matcher.
         out: Folder for the files.
         num: Number of sampled matches.
     """
-    for line in match_to_folder(image_a, image_b, matcher, out, num):
+    keep_memory()
+    for line in match_to_folder(image_a, image_b, cfg, out, num):
         print(line)
 
 

@@ -1,15 +1,16 @@
 """The demo's parts as jobs of their own: one input, one folder of files, lines that say what was written."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from l2m_viz.data import atomic_write, read_image, remove_file, write_image
 from l2m_viz.errors import FileFormatError, L2MError
-from l2m_viz.geometry import normalized_grid, sample_image, sample_warp
+from l2m_viz.geometry import HW, normalized_grid, sample_image, sample_warp
 from l2m_viz.lifting import sample_cameras
-from l2m_viz.matching import load_matcher
+from l2m_viz.matching import Matcher, load_matcher
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
@@ -19,12 +20,46 @@ from l2m_viz.training.shards import ShardReader, damaged_shards
 _SHEET_ROWS = 12  # of pairs under each other: more would not fit a screen
 
 
-def match_to_folder(path_A: Path, path_B: Path, matcher: str, out: Path, num: int) -> Iterator[str]:
+@dataclass(frozen=True)
+class MatcherOptions:
+    """Which matcher, and what of it a user may choose."""
+
+    # Its name; `l2m matchers` lists them.
+    matcher: str = "dis"
+    # "auto" is the GPU if torch sees one.
+    device: str = "auto"
+    # A file of weights in place of the published or shipped ones.
+    weights: Path | None = None
+    # The same of the DINOv2 of a dense network, or of the keypoint detector of a sparse one.
+    backbone_weights: Path | None = None
+    # Size (H, W) in pixels that a dense network works at, and that of its second pass.
+    resolution: HW | None = None
+    upsample_resolution: HW | None = None
+
+    def load(self) -> Matcher:
+        """Make the matcher.
+
+        Raises:
+            L2MError: as `load_matcher`.
+        """
+        return load_matcher(
+            self.matcher,
+            self.device,
+            self.weights,
+            self.backbone_weights,
+            self.resolution,
+            self.upsample_resolution,
+        )
+
+
+def match_to_folder(
+    path_A: Path, path_B: Path, options: MatcherOptions, out: Path, num: int
+) -> Iterator[str]:
     """Match two files; write match.npz, matches.csv, warped.png and match.png; yield what was done."""
     if num < 1:
         raise L2MError("match", expected="--num of at least 1", got=str(num))
     image_A, image_B = read_image(path_A), read_image(path_B)
-    match = load_matcher(matcher).match(image_A, image_B)
+    match = options.load().match(image_A, image_B)
     match.save(out / "match.npz")
     rows = match.to_csv(out / "matches.csv", num, torch.Generator().manual_seed(0))
     grid = normalized_grid(match.hw_A)

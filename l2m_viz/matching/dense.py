@@ -85,7 +85,8 @@ class DenseMatcher(Matcher):
     def _run(self, pairs: list[ImagePair]) -> tuple[list[StageOutput], list[StageOutput]]:
         """All stages of both passes, both ways."""
         enabled = self.cfg.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+        # no cache: it would keep a second copy of all weights
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False):
             there, back = self.network(*self._batch(pairs, self.cfg.resolution))
             if self.cfg.upsample_resolution is None:
                 return there, back

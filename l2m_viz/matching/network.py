@@ -206,15 +206,16 @@ class DenseNetwork(nn.Module):
                     strides=strides, scale_factor=scale_factor,
                 ),
             )  # fmt: skip
-        stages = self.refine(
-            {stride: torch.cat([features_A[stride], features_B[stride]]) for stride in strides},
-            {stride: torch.cat([features_B[stride], features_A[stride]]) for stride in strides},
-            torch.cat([there.warp, back.warp]),
-            torch.cat([there.certainty_logit, back.certainty_logit]),
-            hw_B,
-            strides=strides,
-            scale_factor=scale_factor,
-        )
+        stages: list[StageOutput] = []
+        warp = torch.cat([there.warp, back.warp])
+        logit = torch.cat([there.certainty_logit, back.certainty_logit])
+        for stride in strides:  # one at a time, so that no more than one level of both is in memory twice
+            stacked = {stride: torch.cat([features_A[stride], features_B[stride]])}
+            swapped = {stride: torch.cat([features_B[stride], features_A[stride]])}
+            stages += self.refine(
+                stacked, swapped, warp, logit, hw_B, strides=[stride], scale_factor=scale_factor
+            )
+            warp, logit = stages[-1].warp, stages[-1].certainty_logit
         halves = [_split(stage) for stage in stages]
         return [a for a, _ in halves], [b for _, b in halves]
 

@@ -103,6 +103,7 @@ class Refiner(nn.Module):
             inputs, x[:, rim:-rim].split([part.shape[1] for part in inputs], dim=-1), strict=True
         ):
             place.copy_(part.permute(0, 2, 3, 1))
+        inputs.clear()  # they are as large as a buffer, and all of it is in there now
         out = None
         for block in self.blocks:
             width = block[-1].out_channels  # pyright: ignore[reportIndexIssue]
@@ -139,20 +140,22 @@ class RefinerBlock(nn.Sequential):
     def run_in_bands(self, x: Float[Tensor, "b h w c"], out: Float[Tensor, "b h w d"]) -> None:
         """The block from one buffer (see `Refiner`) to another, a few rows at a time, which stay in the cache."""
         depthwise, norm, _, pointwise = self
-        weight, bias = fold(depthwise, norm)  # pyright: ignore[reportArgumentType]
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        matrix, shift = pointwise.weight.flatten(1).T.to(x.dtype), pointwise.bias.to(x.dtype)  # pyright: ignore
-        rim = weight.shape[-1] // 2
-        channels, width = x.shape[-1], x.shape[2]
-        rows = max(1, _BAND_BYTES // (width * channels * x.element_size()))
+        assert isinstance(depthwise, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(pointwise, nn.Conv2d)
+        assert pointwise.bias is not None
+        parameters = (*fold(depthwise, norm), pointwise.weight.flatten(1).T, pointwise.bias)
+        weight, bias, matrix, shift = (parameter.to(x.dtype) for parameter in parameters)
+        rim, channels = weight.shape[-1] // 2, x.shape[-1]
+        rows = max(1, _BAND_BYTES // (x.shape[2] * channels * x.element_size()))
         with torch.autocast("cpu", enabled=False):
-            for source, target in zip(x, out[:, rim:-rim], strict=True):
-                for top in range(0, len(target), rows):
-                    band = target[top : top + rows]
-                    above_and_below = source[top : top + len(band) + 2 * rim].permute(2, 0, 1)[None]
-                    y = F.conv2d(above_and_below, weight, bias, padding=(0, rim), groups=channels).relu_()
-                    y = y[0].permute(1, 2, 0).reshape(-1, channels)
-                    torch.addmm(shift, y, matrix, out=band.view(-1, band.shape[-1]))
+            # an image at a time, its axis kept: without it torch does not see that the maps are channels last
+            for source, target in zip(x.split(1), out[:, rim:-rim].split(1), strict=True):
+                for top in range(0, target.shape[1], rows):
+                    band = target[0, top : top + rows].view(-1, target.shape[-1])  # [n d]
+                    reached = source[:, top : top + len(band) // x.shape[2] + 2 * rim].permute(0, 3, 1, 2)
+                    y = F.conv2d(reached, weight, bias, padding=(0, rim), groups=channels).relu_()
+                    torch.addmm(shift, y.permute(0, 2, 3, 1).reshape(-1, channels), matrix, out=band)
 
 
 def _buffer(like: Float[Tensor, "b c h w"], width: int, rim: int, dtype: torch.dtype) -> Tensor:

@@ -341,7 +341,7 @@ def _as_is(made: Any) -> Any:  # noqa: ANN401 (the loader's type says a list of 
 
 
 def use_one_thread(worker: int) -> None:
-    """Workers share the machine: each has one core (torch is told so by the loader)."""
+    """Workers share the machine: each has one core."""
     del worker
     numba.set_num_threads(1)
     cv2.setNumThreads(1)
