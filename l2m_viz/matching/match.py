@@ -9,13 +9,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from l2m_viz.data.files import Saved, write_text
 from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.geometry import (
     HW,
+    from_integer_centers,
     inside_image,
     pixel_grid,
     sample_image,
@@ -175,13 +176,13 @@ class Match(Saved):
         ):
             best = self.keypoint_certainty.argsort(descending=True, stable=True)[:num]
             return Matches(self.keypoints_A[best], self.keypoints_B[best], self.keypoint_certainty[best])
-        pairs, certainty = self._candidates
-        drawn = _draw(certainty, _OVERSAMPLING * num, generator)
-        density = _density(pairs[drawn])
+        drawn = _draw(self._weights, _OVERSAMPLING * num, generator)
+        pairs, certainty = self._pairs(drawn), self._weights[drawn]
+        density = _density(pairs)
         balance = torch.where(density < _LONELY, 1e-7, 1 / (density + 1))
-        drawn = drawn[_draw(balance, num, generator)]
-        points_A, points_B = to_pixel(pairs[drawn, :2], self.hw_A), to_pixel(pairs[drawn, 2:], self.hw_B)
-        return Matches(points_A, points_B, certainty[drawn])
+        best = _draw(balance, num, generator)
+        points_A, points_B = to_pixel(pairs[best, :2], self.hw_A), to_pixel(pairs[best, 2:], self.hw_B)
+        return Matches(points_A, points_B, certainty[best])
 
     def cycle_error(self, direction: Direction = "A_to_B") -> Float[Tensor, "h w"]:
         """Distance in original pixels between each pixel and where it lands after going there and back."""
@@ -212,17 +213,25 @@ class Match(Saved):
         return len(rows)
 
     @cached_property
-    def _candidates(self) -> tuple[Float[Tensor, "n 4"], Float[Tensor, " n"]]:
-        """All pixels that may be drawn, as normalised (xA, yA, xB, yB), with their certainties."""
-        pairs, certainties = [], []
-        for direction in ("A_to_B", "B_to_A"):
-            warp, certainty, _, _ = self._side(direction)
-            keep = (certainty > _MIN_CERTAINTY) & inside_image(warp)
-            grid = to_normalized(pixel_grid(_hw(warp)), _hw(warp))
-            ends = (grid[keep], warp[keep]) if direction == "A_to_B" else (warp[keep], grid[keep])
-            pairs.append(torch.cat(ends, dim=-1))
-            certainties.append(certainty[keep])
-        return torch.cat(pairs), torch.cat(certainties)
+    def _weights(self) -> Float[Tensor, " n"]:
+        """Certainties of all pixels of A, then of B; 0 for those that are never drawn."""
+        weights = []
+        for warp, certainty in (
+            (self.warp_A_to_B, self.certainty_A_to_B),
+            (self.warp_B_to_A, self.certainty_B_to_A),
+        ):
+            usable = (certainty > _MIN_CERTAINTY) & inside_image(warp)
+            weights.append((certainty * usable).flatten())
+        return torch.cat(weights)
+
+    def _pairs(self, index: Int64[Tensor, " m"]) -> Float[Tensor, "m 4"]:
+        """Normalised (xA, yA, xB, yB) of pixels, counted as in `_weights`."""
+        count_A = self.certainty_A_to_B.numel()
+        in_A = index < count_A
+        pairs = self.warp_A_to_B.new_empty(len(index), 4)
+        pairs[in_A] = torch.cat(_ends(self.warp_A_to_B, index[in_A]), dim=-1)
+        pairs[~in_A] = torch.cat(_ends(self.warp_B_to_A, index[~in_A] - count_A)[::-1], dim=-1)
+        return pairs
 
     def _side(self, direction: Direction) -> tuple[Tensor, Tensor, HW, HW]:
         if direction == "A_to_B":
@@ -236,14 +245,23 @@ def _hw(warp: Tensor) -> HW:
     return warp.shape[0], warp.shape[1]
 
 
+def _ends(
+    warp: Float[Tensor, "h w 2"], index: Int64[Tensor, " m"]
+) -> tuple[Float[Tensor, "m 2"], Float[Tensor, "m 2"]]:
+    """Where pixels are and where they go, normalised; pixels are counted row by row."""
+    column, row = index % warp.shape[1], index // warp.shape[1]
+    start = from_integer_centers(torch.stack([column, row], dim=-1).to(warp.dtype))
+    return to_normalized(start, _hw(warp)), warp[row, column]
+
+
 def _draw(weights: Float[Tensor, " n"], num: int, generator: torch.Generator | None) -> Tensor:
-    """Indices of at most ``num`` draws without replacement, in proportion to positive weights.
+    """Indices of at most ``num`` draws without replacement, in proportion to the weights; one of 0 is never drawn.
 
     The largest keys log(u) / w are such a sample (Efraimidis and Spirakis 2006); unlike torch.multinomial, any number
     of weights and draws will do.
     """
     keys = torch.rand(len(weights), generator=generator).clamp(min=1e-30).log() / weights
-    return keys.topk(min(num, len(weights))).indices
+    return keys.topk(min(num, int(torch.count_nonzero(weights)))).indices
 
 
 def _density(pairs: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]:

@@ -73,19 +73,29 @@ class Refiner(nn.Module):
             warp: Present target of every cell, normalised; a constant.
             scale_factor: Side of the network's input to the side that the network was trained at.
         """
-        dtype = _working_dtype(features_A)
-        sampled = F.grid_sample(
-            features_B, warp.permute(0, 2, 3, 1).to(features_B.dtype), align_corners=False
-        )
-        inputs = [features_A, sampled, self._embed(warp, scale_factor)]
-        if self.cfg.radius is not None:
-            inputs.append(local_correlation(features_A, features_B, warp, self.cfg.radius))
+        inputs = self._inputs(features_A, features_B, warp, scale_factor)
         learns = torch.is_grad_enabled() or self.training
         in_bands = warp.device.type == "cpu" and not learns and not is_traced()
-        x = self._run_in_bands(inputs, dtype) if in_bands else self._run(inputs, dtype)
+        run = self._run_in_bands if in_bands else self._run
+        x = run(inputs, _working_dtype(features_A))
         with torch.autocast(x.device.type, enabled=False):
             out = self.head(x.float())
         return out[:, :2], out[:, 2:]
+
+    def _inputs(
+        self,
+        features_A: Float[Tensor, "b c h w"],
+        features_B: Float[Tensor, "b c h2 w2"],
+        warp: Float[Tensor, "b 2 h w"],
+        scale_factor: float,
+    ) -> list[Tensor]:
+        """What the blocks see, (B, ., h, w) each: A, B where the warp points, the displacement, the correlation."""
+        places = warp.permute(0, 2, 3, 1).to(features_B.dtype)
+        sampled = F.grid_sample(features_B, places, align_corners=False)
+        inputs = [features_A, sampled, self._embed(warp, scale_factor)]
+        if self.cfg.radius is not None:
+            inputs.append(local_correlation(features_A, features_B, warp, self.cfg.radius))
+        return inputs
 
     def _run(self, inputs: list[Tensor], dtype: torch.dtype) -> Float[Tensor, "b d h w"]:
         x = torch.cat([part.to(dtype) for part in inputs], dim=1)
@@ -98,18 +108,18 @@ class Refiner(nn.Module):
         channels last, with a rim of zero rows that the convolutions reach into.
         """
         rim = self.cfg.kernel // 2
-        x = _buffer(inputs[0], sum(part.shape[1] for part in inputs), rim, dtype)
-        for part, place in zip(
-            inputs, x[:, rim:-rim].split([part.shape[1] for part in inputs], dim=-1), strict=True
-        ):
+        widths = [part.shape[1] for part in inputs]
+        b, _, h, w = inputs[0].shape
+        x = _buffer((b, h, w, sum(widths)), rim, dtype)
+        for part, place in zip(inputs, x[:, rim:-rim].split(widths, dim=-1), strict=True):
             place.copy_(part.permute(0, 2, 3, 1))
-        inputs.clear()  # they are as large as a buffer, and all of it is in there now
+        inputs.clear()  # together they are as large as a buffer, and nobody needs them any more
         out = None
         for block in self.blocks:
-            width = block[-1].out_channels  # pyright: ignore[reportIndexIssue]
-            if out is None or out.shape[-1] != width:
-                out = _buffer(inputs[0], width, rim, dtype)
-            block.run_in_bands(x, out)  # pyright: ignore[reportCallIssue]
+            assert isinstance(block, RefinerBlock)
+            if out is None or out.shape[-1] != block.width_out:
+                out = _buffer((b, h, w, block.width_out), rim, dtype)
+            block.run_in_bands(x, out)
             x, out = out, x
         return x[:, rim:-rim].permute(0, 3, 1, 2)
 
@@ -131,6 +141,7 @@ class RefinerBlock(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.Conv2d(width_in, width_out, 1),
         )
+        self.width_out = width_out
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         """Run the block; in evaluation the norm is part of the convolution."""
@@ -158,11 +169,11 @@ class RefinerBlock(nn.Sequential):
                     torch.addmm(shift, y.permute(0, 2, 3, 1).reshape(-1, channels), matrix, out=band)
 
 
-def _buffer(like: Float[Tensor, "b c h w"], width: int, rim: int, dtype: torch.dtype) -> Tensor:
-    """A map (B, rim + H + rim, W, width) whose rims are zero and the rest is not yet anything."""
-    b, _, h, w = like.shape
-    buffer = torch.empty(b, h + 2 * rim, w, width, dtype=dtype)
-    buffer[:, :rim] = buffer[:, -rim:] = 0
+def _buffer(shape: tuple[int, int, int, int], rim: int, dtype: torch.dtype) -> Tensor:
+    """A map (B, rim + H + rim, W, C) whose rims are zero and the rest is not yet anything."""
+    b, h, w, c = shape
+    buffer = torch.empty(b, h + 2 * rim, w, c, dtype=dtype)
+    buffer[:, :rim] = buffer[:, h + rim :] = 0
     return buffer
 
 

@@ -96,8 +96,7 @@ def train_matcher(
         network.train()
         batch = batches.next(number)
         image_A, image_B = _images(batch, cfg.augment, device)
-        batch = _with_unrelated(batch, cfg.unrelated)
-        image_B = _rolled(image_B, batch)
+        batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
         with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
             there, back = network(image_A, image_B)
         terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
@@ -204,25 +203,21 @@ def _channels_first(images: Float[Tensor, "b h w 3"], device: str) -> Float[Tens
     return images.to(device).permute(0, 3, 1, 2)  # strides are channels_last already
 
 
-def _with_unrelated(batch: PairBatch, share: float) -> PairBatch:
-    """Mark pairs as unrelated, by their seeds: covisible nowhere; `_rolled` exchanges the pictures."""
-    related = (batch.seeds % 1000) >= 1000 * share
-    if len(related) < 2 or related.all():
-        return batch
-    keep = related[:, None, None]
-    return replace(
+def with_unrelated(
+    batch: PairBatch, image_B: Float[Tensor, "b 3 h w"], share: float
+) -> tuple[PairBatch, Float[Tensor, "b 3 h w"]]:
+    """Give some pairs, chosen by their seeds, the next pair's second view: then they are covisible nowhere."""
+    unrelated = (batch.seeds % 1000) < 1000 * share
+    if len(unrelated) < 2 or not unrelated.any():
+        return batch, image_B
+    keep = ~unrelated[:, None, None]
+    marked = replace(
         batch,
         covisibility_A_to_B=batch.covisibility_A_to_B & keep,
         covisibility_B_to_A=batch.covisibility_B_to_A & keep,
     )
-
-
-def _rolled(image_B: Tensor, batch: PairBatch) -> Tensor:
-    """Give pairs that are covisible nowhere the next pair's second view."""
-    unrelated = ~batch.covisibility_A_to_B.flatten(1).any(dim=1)
-    if not unrelated.any():
-        return image_B
-    return torch.where(unrelated.to(image_B.device)[:, None, None, None], image_B.roll(-1, dims=0), image_B)
+    chosen = unrelated.to(image_B.device)[:, None, None, None]
+    return marked, torch.where(chosen, image_B.roll(-1, dims=0), image_B)
 
 
 def _both_directions(

@@ -65,7 +65,7 @@ def bench_balanced_sampling(in_units):
     match = Match(warp, certainty, warp, certainty, (864, 864), (864, 864))
 
     def sample():
-        match.__dict__.pop("_candidates", None)  # the first call finds what may be drawn, and keeps it
+        match.__dict__.pop("_weights", None)  # the first call finds what may be drawn, and keeps it
         return match.sample(10_000, generator)
 
     assert in_units("sample 10,000 of 864x864, both ways", sample) <= 40

@@ -75,3 +75,30 @@ def test_gradients_reach_every_parameter_and_both_features():
     # a bias before a batch norm moves nothing
     idle = [name for name, p in refiner.named_parameters() if p.grad is None or not p.grad.abs().sum() > 1e-6]
     assert idle == []
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_in_bands_is_the_same_as_in_one_go(kernel, monkeypatch):
+    """On a CPU without gradients the blocks run a few rows at a time; here one, two, and all but a rest."""
+    from l2m_viz.matching import refiner as module
+
+    refiner = _random(
+        RefinerCfg(stride=4, displacement_dim=3, radius=1, hidden=7, blocks=2, kernel=kernel), 5
+    )
+    expected = torch.cat(refiner(*_inputs(5)), dim=1)  # with gradients: in one go
+    row_bytes = HW[1] * (5 + 5 + 3 + 9) * 4
+    for rows in (0, 1, 2, 4, 100):
+        monkeypatch.setattr(module, "_BAND_BYTES", rows * row_bytes)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.cat(refiner(*_inputs(5)), dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_exported_refiner_holds_no_kernel_of_ours():
+    """Export writes down torch operations; run on other inputs they give what the kernels give."""
+    refiner = _random(RefinerCfg(stride=4, displacement_dim=3, radius=1, hidden=7, blocks=1), 5)
+    a, b, warp = _inputs(5)
+    with torch.no_grad():
+        program = torch.export.export(refiner, (b, a, warp.flip(0)))
+        exported, own = program.module()(a, b, warp), refiner(a, b, warp)
+    for x, y in zip(exported, own, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,147 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from l2m_viz.data import load_sample, write_image
+from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
+from l2m_viz.errors import ImageError
+from l2m_viz.matching.attention import AttentionCoarseCfg
+from l2m_viz.matching.network import NetworkCfg
+from l2m_viz.matching.refiner import RefinerCfg
+from l2m_viz.matching.tiny import read_weights
+from l2m_viz.training.pairs import PairCfg
+from l2m_viz.training.run import RunCfg
+from l2m_viz.training.stream import PairStream
+from l2m_viz.training.train_matcher import (
+    WEIGHTS,
+    Curriculum,
+    MatcherTrainingCfg,
+    train_matcher,
+    with_unrelated,
+)
+
+NETWORK = NetworkCfg(
+    encoder=ConvPyramidCfg(widths=(8, 12, 16, 24), blocks=(0, 0, 1, 1)),
+    coarse=AttentionCoarseCfg(dim=32, layers=1, heads=2),
+    refiners=(RefinerCfg(stride=8, displacement_dim=4, radius=1, hidden=16, blocks=1),),
+    projections=((8, 8),),
+)
+CFG = MatcherTrainingCfg(
+    network=NETWORK,
+    run=RunCfg(steps=4, log_every=1, warmup_steps=1, bf16=False),
+    pairs=PairCfg(holes="background"),
+    batch_size=2,
+    sizes=((48, 64), (64, 48)),
+    evaluate_every=2,
+    workers=0,
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("motorcycle", "coffee"):
+        write_image(folder / f"{name}.png", load_sample(name).image_A[:200, :260])
+    return folder
+
+
+def test_a_run_in_two_sessions_is_the_run_in_one(photos, tmp_path):
+    whole = train_matcher(photos, tmp_path / "whole", CFG)
+    stopped = replace(CFG, run=replace(CFG.run, minutes=1e-9))
+    train_matcher(photos, tmp_path / "parts", stopped)  # not one step
+
+    class Stop(Exception):
+        pass
+
+    def after_two(numbers):
+        if numbers["step"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_matcher(photos, tmp_path / "parts", CFG, report=after_two)
+    parts = train_matcher(photos, tmp_path / "parts", CFG)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    written, meta = read_weights(tmp_path / "parts" / WEIGHTS)
+    assert meta["steps"] == "4"
+    assert written.keys() == whole.state_dict().keys()
+
+
+def test_validation_judges_other_photos_and_is_logged(photos, tmp_path):
+    lines = []
+    train_matcher(
+        photos, tmp_path, replace(CFG, run=replace(CFG.run, steps=2)), val_photos=photos, report=lines.append
+    )
+    figures = [line for line in lines if "val/epe_px" in line]
+    assert [line["step"] for line in figures] == [2]
+    assert 0 <= figures[0]["val/pck3"] <= 1
+
+
+def test_the_curriculum_opens():
+    curriculum = Curriculum(low=0.1, high_first=0.5, high_last=1.5, ramp_steps=100)
+    assert curriculum.range_at(0) == (0.1, 0.5)
+    assert curriculum.range_at(50) == (0.1, pytest.approx(1.0))
+    assert curriculum.range_at(1000) == (0.1, 1.5)
+
+
+def test_unrelated_pairs_get_another_picture_and_are_covisible_nowhere(photos):
+    batch = next(iter(PairStream(photos, replace(CFG.pairs, hw=(48, 64)), batch_size=4, length=1)))
+    image_B = batch.image_B.permute(0, 3, 1, 2)
+    marked, swapped = with_unrelated(batch, image_B, share=1.0)
+    assert not marked.covisibility_A_to_B.any()
+    assert not marked.covisibility_B_to_A.any()
+    torch.testing.assert_close(swapped, image_B.roll(-1, dims=0))
+    kept, same = with_unrelated(batch, image_B, share=0.0)
+    torch.testing.assert_close(kept.covisibility_A_to_B, batch.covisibility_A_to_B)
+    torch.testing.assert_close(same, image_B)
+
+
+def test_no_photos_is_an_error(tmp_path):
+    with pytest.raises(ImageError, match="no such folder"):
+        train_matcher(tmp_path / "nowhere", tmp_path / "run", CFG)
+
+
+def test_frozen_the_encoder_stays(photos, tmp_path):
+    torch.manual_seed(CFG.run.seed)
+    before = train_matcher(photos, tmp_path / "a", replace(CFG, run=replace(CFG.run, minutes=1e-9)))
+    start = {k: v.clone() for k, v in before.encoder.named_parameters()}
+    trained = train_matcher(
+        photos, tmp_path / "b", replace(CFG, encoder_lr=0.0), begin_from=before.state_dict()
+    )
+    for name, value in trained.encoder.named_parameters():
+        torch.testing.assert_close(value, start[name], msg=name)
+    assert not torch.equal(trained.coarse.entry.weight, before.coarse.entry.weight)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_the_command_goes_on(photos, tmp_path):
+    arguments = [
+        "l2m",
+        "train",
+        "matcher",
+        str(photos),
+        "--out",
+        str(tmp_path),
+        "--workers",
+        "0",
+        "--steps",
+        "3",
+    ]
+    code = f"import sys; sys.argv = {arguments!r}; from l2m_viz.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        if (tmp_path / "run.json").is_file():
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert json.loads((tmp_path / "run.json").read_text())["run"]["steps"] == 3
+    assert read_weights(tmp_path / WEIGHTS)[1]["steps"] == "3"
