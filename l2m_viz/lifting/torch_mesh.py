@@ -57,7 +57,7 @@ class LiftedBatch:
         smallest = smallest.topk(min(pixels, int(0.02 * pixels) + 2), largest=False, sorted=True).values
         place = 0.02 * (self.valid_mask.flatten(1).sum(dim=1, keepdim=True) - 1).clamp(min=0)  # [b 1]
         low, high = smallest.gather(1, place.floor().long()), smallest.gather(1, place.ceil().long())
-        return torch.lerp(low, high, place - place.floor())[:, 0]
+        return torch.where(low == high, low, torch.lerp(low, high, place - place.floor()))[:, 0]
 
     def select(self, index: Int64[Tensor, " n"]) -> "LiftedBatch":
         """Some of the scenes."""
