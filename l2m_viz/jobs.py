@@ -11,6 +11,7 @@ from l2m_viz.errors import FileFormatError, L2MError
 from l2m_viz.geometry import HW, normalized_grid, sample_image, sample_warp
 from l2m_viz.lifting import sample_cameras
 from l2m_viz.matching import Matcher, load_matcher
+from l2m_viz.matching.matcher import Precision
 from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
@@ -35,6 +36,8 @@ class MatcherOptions:
     # Size (H, W) in pixels that a dense network works at, and that of its second pass.
     resolution: HW | None = None
     upsample_resolution: HW | None = None
+    # Of a dense network; bfloat16 is faster where the processor has it.
+    precision: Precision | None = None
 
     def load(self) -> Matcher:
         """Make the matcher.
@@ -49,6 +52,7 @@ class MatcherOptions:
             self.backbone_weights,
             self.resolution,
             self.upsample_resolution,
+            self.precision,
         )
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.encoders.folding import conv_norm
+
 
 @dataclass(frozen=True)
 class VGG19Cfg:
@@ -41,13 +43,17 @@ class VGG19Pyramid(nn.Module):
         """Return {stride: (B, C, H // stride, W // stride)} of images, normalised if the checkpoint wants it."""
         pyramid: dict[int, Tensor] = {}
         features, stride = images, 1
-        for layer in self.layers:
+        layers = iter(self.layers)
+        for layer in layers:
             if isinstance(layer, nn.MaxPool2d):
                 pyramid[stride] = features
                 stride *= 2
                 if stride > self.strides[-1]:
                     break  # what the last pool would give is a fifth level that nobody asked for
-            features = layer(features)
+            if not isinstance(layer, nn.Conv2d):
+                features = layer(features)
+                continue
+            features = conv_norm(features, layer, next(layers))  # pyright: ignore[reportArgumentType]
         return pyramid
 
 

@@ -231,7 +231,9 @@ class _Triangles:
     ends: Int64[Tensor, " many"]  # where their candidates end in the vector of all
 
 
-def _nearest(screen: Float[Tensor, "b h w 3"], keep: Tensor, hw: HW) -> Int64[Tensor, "b rows cols"]:
+def _nearest(
+    screen: Float[Tensor, "b h w 3"], keep: Bool[Tensor, "b quads_y quads_x 2"], hw: HW
+) -> Int64[Tensor, "b rows cols"]:
     """For every pixel what `_key` says of the nearest triangle, 0 where there is none."""
     rows, columns = hw
     keys = torch.zeros(len(screen) * rows * columns, dtype=torch.int64, device=screen.device)
@@ -248,7 +250,9 @@ def _nearest(screen: Float[Tensor, "b h w 3"], keep: Tensor, hw: HW) -> Int64[Te
     return keys.view(len(screen), rows, columns)
 
 
-def _listed(screen: Float[Tensor, "b h w 3"], keep: Tensor, hw: HW) -> _Triangles:
+def _listed(
+    screen: Float[Tensor, "b h w 3"], keep: Bool[Tensor, "b quads_y quads_x 2"], hw: HW
+) -> _Triangles:
     """The triangles that are in front of the camera and whose bounding box holds a pixel's centre."""
     x, y, inverse = (_of_triangles(plane) for plane in screen.unbind(-1))
     # A pixel's centre is at +0.5: the columns and rows whose centre is in [min, max].

@@ -1,7 +1,12 @@
 """Dense matching: the `Match` that every matcher returns, and the matchers."""
 
 from l2m_viz.matching.classical import DisMatcher as DisMatcher, SiftMatcher as SiftMatcher
-from l2m_viz.matching.match import Direction as Direction, Match as Match, Matches as Matches
+from l2m_viz.matching.match import (
+    Direction as Direction,
+    Match as Match,
+    Matches as Matches,
+    Stage as Stage,
+)
 from l2m_viz.matching.matcher import Matcher as Matcher
 from l2m_viz.matching.registry import (
     MatcherInfo as MatcherInfo,

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,9 @@ from l2m_viz.errors import ShapeError
 from l2m_viz.geometry import HW, inside_image
 from l2m_viz.lifting.networks import network_hw
 from l2m_viz.matching.match import Match, Stage
-from l2m_viz.matching.matcher import ImagePair, Matcher
+from l2m_viz.matching.matcher import ImagePair, Matcher, Precision
 from l2m_viz.matching.network import DenseNetwork
 from l2m_viz.matching.stages import StageOutput
-
-Precision = Literal["float32", "bfloat16"]
 
 _ATTENUATION = 0.5  # RoMa's share of the coarse logit
 

@@ -27,7 +27,12 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Same shape."""
         learns = torch.is_grad_enabled() and self.weight.requires_grad
-        if not learns or input.device.type != "cpu" or self.kernel_size[0] != _KERNEL or input.dtype == torch.float64:
+        if (
+            not learns
+            or input.device.type != "cpu"
+            or self.kernel_size[0] != _KERNEL
+            or input.dtype == torch.float64
+        ):
             return super().forward(input)
         if torch.is_autocast_enabled("cpu"):
             input = input.to(torch.get_autocast_dtype("cpu"))
@@ -55,9 +60,7 @@ class _Depthwise(torch.autograd.Function):
         return grad_x, _weight_gradient(x, grad), grad_bias
 
 
-def _weight_gradient(
-    x: Float[Tensor, "b c h w"], grad: Float[Tensor, "b c h w"]
-) -> Float[Tensor, "c 1 5 5"]:
+def _weight_gradient(x: Float[Tensor, "b c h w"], grad: Float[Tensor, "b c h w"]) -> Float[Tensor, "c 1 5 5"]:
     from l2m_viz.matching._depthwise import weight_gradient
 
     _, channels, height, width = x.shape

@@ -40,7 +40,8 @@ def export_onnx(network: DenseNetwork, path: str | Path, hw_A: HW, hw_B: HW) -> 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that sizes become constants is what is wanted
         torch.onnx.export(
-            _OnePass(network).eval(), images, buffer, input_names=INPUTS, output_names=OUTPUTS,
+            _OnePass(network).eval(), images, buffer,  # pyright: ignore[reportArgumentType]
+            input_names=INPUTS, output_names=OUTPUTS,
             opset_version=_OPSET, dynamo=False,
         )  # fmt: skip
     with atomic_write(path) as file:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from l2m_viz.errors import ShapeError
 from l2m_viz.matching.match import Match
 
 ImagePair = tuple[Tensor, Tensor]  # decoded, (H, W, 3)
+
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class Matcher(ABC):

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from l2m_viz.encoders.weights import load_strict
 from l2m_viz.errors import FileFormatError
 from l2m_viz.geometry import HW
 from l2m_viz.matching.attention import AttentionCoarseCfg
+from l2m_viz.matching.matcher import Precision
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.refiner import RefinerCfg
 
@@ -48,7 +48,7 @@ def load_tiny(weights: str | Path | None = None) -> DenseNetwork:
     return load_strict(network, read_weights(path)[0], str(path.name))
 
 
-def fastest_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+def fastest_precision(device: torch.device) -> Precision:
     """Bfloat16 where the processor multiplies it in hardware; elsewhere it is slower than float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"

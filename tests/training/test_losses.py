@@ -100,7 +100,9 @@ def test_a_perfect_answer_costs_the_least(shift):
 def test_errors_are_pixels_of_the_other_image(shift):
     warp, seen = shift
     perfect, _ = truth_at_stride(warp, seen, 8)
-    moved = perfect + torch.tensor([2 * 3 / 100, 2 * 4 / 60])[:, None, None]  # 3 px of 100 wide, 4 px of 60 high
+    moved = (
+        perfect + torch.tensor([2 * 3 / 100, 2 * 4 / 60])[:, None, None]
+    )  # 3 px of 100 wide, 4 px of 60 high
     (loss,) = matcher_losses([_stage(8, moved)], warp, seen, (60, 100), MatcherLossCfg())
     torch.testing.assert_close(loss.epe_px[loss.covisible], torch.full((int(loss.covisible.sum()),), 5.0))
 
@@ -126,4 +128,5 @@ def test_without_any_truth_the_loss_is_finite_and_teaches_certainty(shift):
     total.backward()
     assert total.item() == pytest.approx(cfg.certainty_weight * math.log(2))
     assert (stage.warp.grad == 0).all()
+    assert stage.certainty_logit.grad is not None
     assert (stage.certainty_logit.grad > 0).all()  # less certain everywhere

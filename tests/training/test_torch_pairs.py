@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2m_viz.data import load_sample
 from l2m_viz.errors import ImageError, L2MError, ShapeError
@@ -20,10 +21,10 @@ from l2m_viz.geometry import (
     unproject_depth,
 )
 from l2m_viz.geometry.scenes import fronto_parallel_plane, slanted_plane, sphere_on_plane, two_planes
-from l2m_viz.lifting import RelightCfg, ViewSamplerCfg, sample_intrinsics
+from l2m_viz.lifting import RelightCfg, ViewSamplerCfg, sample_intrinsics, torch_mesh
 from l2m_viz.lifting.synthesis import lift_photo
 from l2m_viz.lifting.torch_mesh import LiftedBatch, lift_batch
-from l2m_viz.training import PairBatch, PairCfg, make_pair
+from l2m_viz.training import PairBatch, PairCfg, make_pair, torch_pairs
 from l2m_viz.training.pairs import NoPairError, _random_crop
 from l2m_viz.training.torch_pairs import make_pairs_batch, pairs_from_scenes
 
@@ -218,6 +219,30 @@ def test_light_changes_colours_and_nothing_else(photos):
             (before - after).abs().mean(dim=(1, 2, 3)) > 0.01
         ).all() and 0 <= after.min() <= after.max() <= 1
     assert not lit.image_B[lit.hole_mask_B].any()
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what a GPU would have to answer before the host could go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_renders_and_truth_wait_for_the_device_as_often_for_many_pairs_as_for_one(monkeypatch):
+    monkeypatch.setitem(torch_mesh._CHUNK, "cpu", torch_mesh._CHUNK_ELSEWHERE)
+    counts = []
+    for count in (1, 6):
+        scenes, poses = _analytic(two_planes(), count), torch.eye(4).repeat(count, 1, 1)
+        poses[:, 0, 3] = 0.2
+        with _Waits() as waits:
+            torch_pairs._seen(scenes, poses, PairCfg(hw=HW))
+        counts.append(waits.count)
+    assert counts[0] == counts[1] <= 4
 
 
 def test_a_training_s_precision_does_not_blur_the_truth(photos, batch):
