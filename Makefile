@@ -9,6 +9,10 @@ BIN    := .venv/bin
 # Node comes with pyright's wheel; without this the launcher may look for a newer pyright and print about it.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
+# Threads that wait for each other sleep: spinning, they take the processor from the one they wait for, and on a busy
+# machine every step takes ten times as long.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help env demo test app viewer lab bench lint format screenshots lock clean distclean
 

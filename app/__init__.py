@@ -7,3 +7,5 @@ import os
 
 # Before the first import of gradio, which reads it then: no telemetry, whatever the shell says.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# Read when torch loads; the reason is in `l2m_viz.cli`.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -25,7 +25,9 @@ def main() -> None:
     """Entry point; an error the user can mend is one line on stderr and exit code 2."""
     cfg = tyro.cli(Cfg, prog="python -m app", config=(tyro.conf.FlagCreatePairsOff,))
     from app.server import launch
+    from l2m_viz.parallel import keep_memory
 
+    keep_memory()
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # so that temporary files go also when we are told to end

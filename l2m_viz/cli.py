@@ -1,5 +1,6 @@
 """Entry point of the `l2m` command line."""
 
+import os
 import signal
 import sys
 
@@ -9,10 +10,15 @@ def main() -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # an exit unwinds, so that no half-written file stays
+    # Read when torch loads: threads that wait for each other sleep instead of spinning. On a busy machine spinning
+    # takes the processor from the thread that is waited for, and everything takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from l2m_viz.commands import app  # seconds of imports, which Ctrl-C may interrupt
         from l2m_viz.errors import L2MError
+        from l2m_viz.parallel import keep_memory
 
+        keep_memory()
         try:
             app.cli(prog="l2m")
         except (L2MError, OSError) as error:

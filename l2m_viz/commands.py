@@ -23,7 +23,6 @@ from l2m_viz.evaluation import (
 from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_to_folder
 from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
-from l2m_viz.parallel import keep_memory
 from l2m_viz.photo import PhotoCfg
 from l2m_viz.show.evaluation import Sheets
 from l2m_viz.synth import SynthCfg, synthesise
@@ -67,7 +66,6 @@ def match(
         out: Folder for the files.
         num: Number of sampled matches.
     """
-    keep_memory()
     for line in match_to_folder(image_a, image_b, cfg, out, num):
         print(line)
 
@@ -175,7 +173,6 @@ def train_tiny_matcher(
         workers: Processes that make pairs, for each size of picture; 0 makes them in between.
         device: "auto" is the GPU if torch sees one.
     """
-    keep_memory()
     cfg = tiny_matcher()
     run = replace(cfg.run, minutes=minutes, steps=steps or cfg.run.steps)
     train_matcher(

@@ -26,7 +26,7 @@ class MatcherOptions:
     """Which matcher, and what of it a user may choose."""
 
     # Its name; `l2m matchers` lists them.
-    matcher: str = "dis"
+    matcher: str = "l2m-tiny"
     # "auto" is the GPU if torch sees one.
     device: str = "auto"
     # A file of weights in place of the published or shipped ones.

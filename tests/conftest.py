@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no window, no display needed
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # tests talk to nobody
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the Makefile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

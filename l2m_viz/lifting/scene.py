@@ -19,10 +19,12 @@ from l2m_viz.errors import ShapeError
 from l2m_viz.geometry import HW, Camera
 from l2m_viz.lifting import _zbuffer
 from l2m_viz.lifting.depth import Depth, as_depth
-from l2m_viz.parallel import num_threads, run_kernel
+from l2m_viz.parallel import run_kernel
 
 NEAR = 0.01  # of the scene's unit; nearer vertices are not drawn, as in the official renderer
-_BANDS_PER_THREAD = 4  # rows are unevenly filled: a few bands for each thread balance the load
+# Bands of rows that are drawn apart, a few for each of a handful of cores, as rows are unevenly filled. Not a number of
+# the machine: where a band begins decides the last bit of what is interpolated, and a pair must be the same everywhere.
+_BANDS = 16
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class LiftedScene(Saved):
         )
         inverse_depth = np.zeros(camera.hw, np.float32)
         owner = np.full(camera.hw, -1, np.int32)
-        bands = min(camera.height, _BANDS_PER_THREAD * num_threads())
+        bands = min(camera.height, _BANDS)
         keep = self.triangle_mask.numpy()
         run_kernel(_zbuffer.rasterize_triangles, screen, row_span, keep, bands, inverse_depth, owner)
         out = np.empty((*camera.hw, attributes.shape[2]), np.float32)

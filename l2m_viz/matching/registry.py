@@ -13,8 +13,10 @@ from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
 from l2m_viz.matching.matcher import Matcher, Precision
 from l2m_viz.matching.tiny import (
+    SHIPPED,
     TINY_RESOLUTION,
     TINY_UPSAMPLE_RESOLUTION,
+    Shipped,
     fastest_precision,
     load_tiny,
 )
@@ -57,7 +59,7 @@ class _Entry:
     summary: str
     load: Callable[[_Options, torch.device], Matcher]
     takes: tuple[str, ...] = ()  # names of the options that mean something to it
-    files: tuple[Checkpoint, ...] = ()  # what must be on this machine
+    files: tuple[Checkpoint | Shipped, ...] = ()  # what must be on this machine
 
 
 def _dense(name: str, summary: str) -> _Entry:
@@ -103,6 +105,7 @@ _MATCHERS: dict[str, _Entry] = {
         "our small network, trained on single photos alone: wide baselines on a laptop",
         _tiny,
         ("weights", "resolution", "upsample_resolution", "precision"),
+        (SHIPPED,),
     ),
     "dis": _Entry("dense", "DIS optical flow both ways: small motion, sub-pixel", lambda *_: DisMatcher()),
     "l2m++": _dense("l2m++", "L2M++ (2026): RoMa's network, trained on lifted single images and videos"),
@@ -190,4 +193,5 @@ def load_matcher(
 
 def _needs(entry: _Entry) -> str:
     absent = [file.where() for file in entry.files if file.find() is None]
-    return f"fetched at first use: {'; '.join(absent)}" if absent else ""
+    fetched = any(isinstance(file, Checkpoint) for file in entry.files)
+    return ("fetched at first use: " if absent and fetched else "") + "; ".join(absent)

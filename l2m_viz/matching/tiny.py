@@ -1,6 +1,7 @@
 """l2m-tiny: the small network that ships with the package, and its file."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,23 @@ from l2m_viz.matching.matcher import Precision
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.refiner import RefinerCfg
 
-SHIPPED = Path(__file__).parents[1] / "weights" / "l2m-tiny.safetensors"
+
+@dataclass(frozen=True)
+class Shipped:
+    """A file of weights inside the package."""
+
+    path: Path
+
+    def find(self) -> Path | None:
+        """Its path if it is there."""
+        return self.path if self.path.is_file() else None
+
+    def where(self) -> str:
+        """Where it belongs."""
+        return f"{self.path}, which this copy of the package lacks; install it again"
+
+
+SHIPPED = Shipped(Path(__file__).parents[1] / "weights" / "l2m-tiny.safetensors")
 # Shorter sides in pixels of the two passes; the aspect is the image's own.
 TINY_RESOLUTION: HW = (384, 384)
 TINY_UPSAMPLE_RESOLUTION: HW | None = (480, 480)
@@ -42,7 +59,7 @@ def load_tiny(weights: str | Path | None = None) -> DenseNetwork:
     Raises:
         FileFormatError: the file is absent, damaged, or another network's.
     """
-    path = Path(weights or SHIPPED)
+    path = Path(weights or SHIPPED.path)
     with torch.device("meta"):
         network = DenseNetwork(tiny_cfg())
     return load_strict(network, read_weights(path)[0], str(path.name))

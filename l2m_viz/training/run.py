@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from l2m_viz.data.files import atomic_write, write_text
 from l2m_viz.errors import FileFormatError, L2MError
@@ -82,7 +82,9 @@ class TrainingRun:
         self.step, self.seconds = 0, 0.0
         self.optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=(0.9, 0.99))
         self.ema = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay), use_buffers=True
+            model,
+            multi_avg_fn=_ramped_average(cfg.ema_decay),  # pyright: ignore[reportArgumentType]
+            use_buffers=True,
         ).requires_grad_(False)
         self._started = self._saved_at = time.monotonic()
         self._base_seconds = 0.0
@@ -249,6 +251,21 @@ def _evaluate(
     run.log(figures)
     if report:
         report({"step": run.step} | figures)
+
+
+def _ramped_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Exponential average whose memory grows from ten steps to 1 / (1 - decay): the first steps are soon forgotten."""
+
+    def average(mean: list[Tensor], now: list[Tensor], num_averaged: Tensor) -> None:
+        count = int(num_averaged)
+        weight = 1 - min(decay, (1 + count) / (10 + count))
+        for old, new in zip(mean, now, strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, weight)
+            else:
+                old.copy_(new)  # a counter of a batch norm
+
+    return average
 
 
 def _groups(model: nn.Module, cfg: RunCfg) -> list[dict[str, Any]]:

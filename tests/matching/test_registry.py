@@ -73,8 +73,8 @@ def put(checkpoint, state, tmp_path):
 
 def test_what_runs_is_told_from_what_needs_files():
     infos = {info.name: info for info in list_matchers()}
-    assert [name for name, info in infos.items() if info.available] == ["dis", "sift"]
-    for name in ("dis", "sift"):
+    assert [name for name, info in infos.items() if info.available] == ["l2m-tiny", "dis", "sift"]
+    for name in ("l2m-tiny", "dis", "sift"):
         assert load_matcher(name).name == name
         assert infos[name].needs == ""
     for name, info in infos.items():
