@@ -1,6 +1,7 @@
 """The pair tab in a real browser: upload, match, look at the pixels, drag, click, download, and do it wrong."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,7 @@ def test_match_two_uploads_and_look(app, pair, tmp_path):
     image_A = sample.image_A.numpy()
     upload(app, "a", left)
     upload(app, "b", right)
+    choose_matcher(app, "dis")  # its figures on this pair are known
     press_match(app)
     blended = picture(app, "blend")
     assert blended.shape == image_A.shape
@@ -102,6 +104,11 @@ def test_match_two_uploads_and_look(app, pair, tmp_path):
     check_sliders(app, image_A)
     check_click(app, found)
     check_layout(app)
+
+
+def choose_matcher(page, name):
+    page.locator("#matcher input").click()
+    page.get_by_role("option", name=re.compile(f"^{name}:")).click()
 
 
 def check_downloads(page, sample, folder):
