@@ -40,7 +40,7 @@ TINY_UPSAMPLE_RESOLUTION: HW | None = (480, 480)
 
 
 def tiny_cfg() -> NetworkCfg:
-    """The network of l2m-tiny: 6 million parameters, a convolutional pyramid and attention at stride 16."""
+    """The network of l2m-tiny: 5 million parameters, a convolutional pyramid and attention at stride 16."""
     return NetworkCfg(
         encoder=ConvPyramidCfg(widths=(32, 48, 96, 192), blocks=(0, 1, 1, 3)),
         coarse=AttentionCoarseCfg(),
