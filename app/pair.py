@@ -62,8 +62,6 @@ def pair_tab(examples: list[Example]) -> None:
             here = [info for info in list_matchers() if info.available]
             choices = [(f"{info.name}: {info.summary}", info.name) for info in here]
             matcher = gr.Dropdown(choices, value=choices[0][1], label="Matcher", elem_id="matcher")
-            with gr.Accordion("Matchers that need files first", open=False, elem_id="absent"):
-                gr.Markdown(_absent())
             run = gr.Button("Match", variant="primary", elem_id="match")
             status = gr.Markdown(_WAITING, elem_id="status", min_height=60)
     labels = [example.label for example in examples]
@@ -74,6 +72,8 @@ def pair_tab(examples: list[Example]) -> None:
             share, pictures = _pictures()
         with gr.Column(scale=2, min_width=320):
             threshold, numbers_and_files = _numbers_and_files()
+    with gr.Accordion("Matchers that need files first", open=False, elem_id="absent"):
+        gr.Markdown(_absent())
     out = _Outputs(status=status, results=results, **pictures, **numbers_and_files)
     folder = image_A.GRADIO_CACHE
 
@@ -109,10 +109,16 @@ def pair_tab(examples: list[Example]) -> None:
 
 
 def _absent() -> str:
-    """What the matchers that cannot run here and now need, as a list."""
-    absent = [info for info in list_matchers() if not info.available]
-    rows = [f"- **{info.name}** ({info.summary}): {info.needs}" for info in absent]
-    return "\n".join([*rows, "", "Put the files there, or run `l2m match A B --matcher NAME` once online."])
+    """The matchers that cannot run here and now, and their files by name: where they go is not a visitor's business."""
+    rows = [
+        f"| {info.name} | {info.summary} | {', '.join(f'`{file}`' for file in info.absent_files)} |"
+        for info in list_matchers()
+        if not info.available
+    ]
+    table = "\n".join(["| matcher | what it is | files |", "|---|---|---|", *rows])
+    return (
+        f"{table}\n\nOn the machine of the app, `l2m matchers` says where to get them and where to put them."
+    )
 
 
 def _uploaded_path(_: gr.Image, payload: ImageData | None) -> str | None:

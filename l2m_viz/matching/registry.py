@@ -33,6 +33,7 @@ class MatcherInfo:
         summary: What it is, in one line.
         available: Whether it runs here and now, without a download.
         needs: What is missing and how to get it; empty if nothing is.
+        absent_files: Names of the files that are missing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class MatcherInfo:
     summary: str
     available: bool = True
     needs: str = ""
+    absent_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,7 @@ _MATCHERS: dict[str, _Entry] = {
 
 def list_matchers() -> list[MatcherInfo]:
     """All matchers, those that run here and now and those that need files first; nothing is loaded or fetched."""
-    return [
-        MatcherInfo(name, entry.kind, entry.summary, not (needs := _needs(entry)), needs)
-        for name, entry in _MATCHERS.items()
-    ]
+    return [_info(name, entry) for name, entry in _MATCHERS.items()]
 
 
 def load_matcher(
@@ -191,7 +190,10 @@ def load_matcher(
     return entry.load(options, resolve_device(device))
 
 
-def _needs(entry: _Entry) -> str:
-    absent = [file.where() for file in entry.files if file.find() is None]
-    fetched = any(isinstance(file, Checkpoint) for file in entry.files)
-    return ("fetched at first use: " if absent and fetched else "") + "; ".join(absent)
+def _info(name: str, entry: _Entry) -> MatcherInfo:
+    absent = [file for file in entry.files if file.find() is None]
+    fetched = any(isinstance(file, Checkpoint) for file in absent)
+    needs = ("fetched at first use: " if fetched else "") + "; ".join(file.where() for file in absent)
+    return MatcherInfo(
+        name, entry.kind, entry.summary, not absent, needs, tuple(file.file for file in absent)
+    )

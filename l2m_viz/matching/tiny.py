@@ -24,6 +24,11 @@ class Shipped:
 
     path: Path
 
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return self.path.name
+
     def find(self) -> Path | None:
         """Its path if it is there."""
         return self.path if self.path.is_file() else None
