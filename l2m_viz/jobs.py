@@ -119,18 +119,20 @@ def inspect_shards(source: Path, num: int, out: Path, verify: bool) -> Iterator[
     if verify:
         _require_whole(source, reader)
         yield f"{source}: every byte of {len(reader)} pairs is as it was written"
+    if len(reader) == 0:
+        todo = "no shard was finished; run the same `l2m synth` again to go on"
+        raise FileFormatError(f"{source}", expected="at least one pair", got="none", todo=todo)
     positions = torch.linspace(0, len(reader) - 1, min(num, len(reader))).round().long().tolist()
     records = [reader.record(position) for position in positions]
     for record in records:
         pair = record.pair
         hw, overlap = tuple(pair.depth_A.shape), pair.overlap
         yield f"pair {record.index}: {hw[0]}x{hw[1]}, overlap {overlap:.2f}, seed {pair.seed}, {record.photo}"
-    if records:
-        titles = [f"pair {record.index}\noverlap\n{record.pair.overlap:.0%}" for record in records]
-        pairs = [record.pair for record in records]
-        side_by_side = -(-len(pairs) // _SHEET_ROWS)
-        with atomic_write(out) as file:
-            file.write(figures.to_png(contact_sheet(pairs, titles, side_by_side=side_by_side)))
+    titles = [f"pair {record.index}\noverlap\n{record.pair.overlap:.0%}" for record in records]
+    pairs = [record.pair for record in records]
+    side_by_side = -(-len(pairs) // _SHEET_ROWS)
+    with atomic_write(out) as file:
+        file.write(figures.to_png(contact_sheet(pairs, titles, side_by_side=side_by_side)))
     yield f"{len(reader)} pairs in {source}; picture of {len(records)} in {out}"
 
 

@@ -22,6 +22,7 @@ import torch
 from l2m_viz.cli import main
 from l2m_viz.data import atomic_write, load_sample, read_image, resize_image, write_image
 from l2m_viz.errors import FileFormatError, L2MError, ShapeError
+from l2m_viz.jobs import inspect_shards
 from l2m_viz.synth import SynthCfg, synthesise
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.shards import (
@@ -575,3 +576,10 @@ def test_the_same_pairs_make_the_same_bytes(record, tmp_path):
         time.sleep(0.01)
     assert shards[0].sha256 == shards[1].sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     assert shards[0].bytes == (tmp_path / "pairs-000000.tar").stat().st_size
+
+
+def test_inspecting_what_was_stopped_before_its_first_shard_says_so(tmp_path):
+    ShardIndex(settings={}, num_pairs=4, shards=()).save(tmp_path)
+    with pytest.raises(FileFormatError, match="No shard was finished"):
+        list(inspect_shards(tmp_path, num=2, out=tmp_path / "sheet.png", verify=False))
+    assert not (tmp_path / "sheet.png").exists()
