@@ -13,6 +13,9 @@ def main() -> None:
     # Read when torch loads: threads that wait for each other sleep instead of spinning. On a busy machine spinning
     # takes the processor from the thread that is waited for, and everything takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # numba sets the OpenMP that it may share with torch to all cores as it starts, whatever the user asked for.
+    if "OMP_NUM_THREADS" in os.environ:
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     try:
         from l2m_viz.commands import app  # seconds of imports, which Ctrl-C may interrupt
         from l2m_viz.errors import L2MError

@@ -93,14 +93,31 @@ class DenseNetwork(nn.Module):
         return self.encoder(images)
 
     def forward(
-        self, image_A: Float[Tensor, "b 3 h w"], image_B: Float[Tensor, "b 3 h2 w2"]
+        self,
+        image_A: Float[Tensor, "b 3 h w"],
+        image_B: Float[Tensor, "b 3 h2 w2"],
+        refined: int | None = None,
     ) -> tuple[list[StageOutput], list[StageOutput]]:
-        """Match both ways: A to B and B to A, the coarse stage first, then the refiners in order."""
+        """Match both ways: A to B and B to A, the coarse stage first, then the refiners in order.
+
+        Args:
+            image_A: Images A.
+            image_B: Images B.
+            refined: The refiners see only so many pairs, the first ones; None: all.
+        """
         features_A, features_B = self._encode_pair(image_A, image_B, coarse=True)
         start = self.coarse(features_A, features_B)
+        if refined is not None and refined < len(image_A):
+            features_A, features_B = (
+                {stride: features[:refined] for stride, features in pyramid.items()}
+                for pyramid in (features_A, features_B)
+            )
+            start_of_refined = (start[0].first(refined), start[1].first(refined))
+        else:
+            start_of_refined = start
         strides = [refiner.stride for refiner in self.cfg.refiners]
         there, back = self._refine_pair(
-            features_A, features_B, start, (_hw(image_A), _hw(image_B)), strides, 1.0
+            features_A, features_B, start_of_refined, (_hw(image_A), _hw(image_B)), strides, 1.0
         )
         return [start[0], *there], [start[1], *back]
 

@@ -1,6 +1,6 @@
 """What each stage of a matching network predicts; channels first, inside `nn.Module`s only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,3 +27,11 @@ class StageOutput:
     displacement: Float[Tensor, "b 2 h w"] | None = None
     anchor_logits: Float[Tensor, "b a h w"] | None = None
     anchor_hw: HW | None = None
+
+    def first(self, num: int) -> "StageOutput":
+        """The same for the first pairs of the batch only."""
+        maps = {
+            name: None if (value := getattr(self, name)) is None else value[:num]
+            for name in ("warp", "certainty_logit", "displacement", "anchor_logits")
+        }
+        return replace(self, **maps)

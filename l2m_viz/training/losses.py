@@ -91,7 +91,7 @@ def matcher_losses(
     """The loss of every stage of one direction.
 
     Args:
-        stages: What the network predicted, coarse first.
+        stages: What the network predicted, coarse first; each for all pairs of the batch or for the first of them.
         warp: True position in the other image, normalised; anything (finite) where not covisible.
         covisibility: Where the truth is known.
         hw_to: Size of the other image in pixels.
@@ -99,10 +99,11 @@ def matcher_losses(
     """
     losses, before = [], None
     for stage in stages:
-        target, seen = truth_at_stride(warp, covisibility, stage.stride)
+        n = len(stage.warp)
+        target, seen = truth_at_stride(warp[:n], covisibility[:n], stage.stride)
         counts = seen
         if before is not None and stage.anchor_logits is None and stage.stride in cfg.reach:
-            near = _upsampled(before, seen) < cfg.reach[stage.stride] * stage.stride
+            near = _upsampled(before[:n], seen) < cfg.reach[stage.stride] * stage.stride
             counts = seen & near
         epe_px = _epe_px(stage.warp, target, hw_to) * seen
         if stage.anchor_logits is not None and stage.anchor_hw is not None:

@@ -2,23 +2,27 @@
 
 Both stages use it. A run is a folder with ``run.json`` (its settings), ``checkpoint.pt`` (everything that the next step
 depends on), ``log.jsonl`` (one line a report; TensorBoard events beside it). Started again in the same folder it goes
-on as if it had not stopped.
+on as if it had not stopped. Under torchrun or `accelerate launch` several processes make one run: each has its share of
+every batch, gradients are averaged, and the first one writes.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from l2m_viz.data.files import atomic_write, write_text
-from l2m_viz.errors import FileFormatError, L2MError
+from l2m_viz.errors import FileFormatError, L2MError, MissingError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _CHECKPOINT, _SETTINGS, _LOG = "checkpoint.pt", "run.json", "log.jsonl"
 
@@ -63,24 +67,44 @@ class RunCfg:
 
 
 class TrainingRun:
-    """State of one run: model, its running average, optimiser, step."""
+    """State of one run: model, its running average, optimiser, step.
 
-    def __init__(self, folder: Path, model: nn.Module, cfg: RunCfg, settings: dict[str, Any]) -> None:
+    Attributes:
+        model: What is trained.
+        network: What a step calls: the model, or under several processes its wrapper that averages gradients.
+        ema: The running average of the weights.
+        accelerator: Knows the processes and this one's device.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        cfg: RunCfg,
+        settings: dict[str, Any],
+        accelerator: "Accelerator | None" = None,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
         """Begin a run, or go on with the one in the folder.
 
         Args:
             folder: The run's own folder.
             model: What is trained, on its device; its weights are overwritten when the run goes on.
             cfg: Settings of the loop.
-            settings: All that defines the run, JSON-able; a run goes on only under the same ones.
+            settings: All that defines the run, JSON-able; a run goes on only under the same ones, but for those that
+                say when to stop.
+            accelerator: See `start_accelerator`; None makes one for the CPU.
+            lr_scales: Factors on the learning rate of parameters whose names begin so.
 
         Raises:
             L2MError: the folder holds a run with other settings.
             FileFormatError: its checkpoint is damaged.
         """
         self.folder, self.model, self.cfg = folder, model, cfg
-        self.step, self.seconds = 0, 0.0
-        self.optimizer = torch.optim.AdamW(_groups(model, cfg), lr=cfg.lr, betas=(0.9, 0.99))
+        self.accelerator = accelerator or start_accelerator("cpu")
+        self.step = 0
+        groups, self._lr_scales = _groups(model, cfg, lr_scales or {})
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99))
         self.ema = AveragedModel(
             model,
             multi_avg_fn=_ramped_average(cfg.ema_decay),  # pyright: ignore[reportArgumentType]
@@ -89,9 +113,10 @@ class TrainingRun:
         self._started = self._saved_at = time.monotonic()
         self._base_seconds = 0.0
         self._agree(settings)
-        self._board = _tensorboard(folder)
+        self._board = _tensorboard(folder) if self.is_main else None
         if (folder / _CHECKPOINT).is_file():
             self._load()
+        self.network: nn.Module = self.accelerator.prepare_model(model)
 
     def begin_from(self, state: dict[str, Tensor]) -> None:
         """Take weights alone, as from a shipped file: model and average start there, and the rate warms up anew."""
@@ -99,28 +124,40 @@ class TrainingRun:
         self.ema.module.load_state_dict(state)
         self.ema.n_averaged.fill_(1)
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that evaluates and writes."""
+        return self.accelerator.is_main_process
+
     def update(self, loss: Tensor) -> dict[str, float]:
-        """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.lr_at(self.step)
+        """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted.
+
+        Every process comes to the same decision: gradients are averaged on the way back, and so is the loss.
+        """
+        rate = self.cfg.lr_at(self.step)
+        for group, scale in zip(self.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = rate * scale
         self.optimizer.zero_grad(set_to_none=True)
-        finite = bool(torch.isfinite(loss))
-        norm = torch.tensor(float("nan"))
-        if finite:
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-            finite = bool(torch.isfinite(norm))
+        self.accelerator.backward(loss)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+        mean: Tensor = self.accelerator.reduce(loss.detach(), "mean")  # pyright: ignore[reportAssignmentType]
+        finite = bool(torch.isfinite(norm) & torch.isfinite(mean))
         if finite:
             self.optimizer.step()
             self.ema.update_parameters(self.model)
         self.step += 1
-        return {"grad_norm": norm.item(), "skipped": float(not finite), "lr": self.cfg.lr_at(self.step - 1)}
+        return {"loss": mean.item(), "grad_norm": norm.item(), "skipped": float(not finite), "lr": rate}
 
     @property
     def done(self) -> bool:
-        """All steps made, or this session's minutes used up."""
-        minutes = (time.monotonic() - self._started) / 60
-        return self.step >= self.cfg.steps or (self.cfg.minutes is not None and minutes >= self.cfg.minutes)
+        """All steps made, or this session's minutes used up by the clock of any process."""
+        if self.step >= self.cfg.steps or self.cfg.minutes is None:
+            return self.step >= self.cfg.steps
+        late = float((time.monotonic() - self._started) / 60 >= self.cfg.minutes)
+        votes: Tensor = self.accelerator.reduce(  # pyright: ignore[reportAssignmentType]
+            torch.tensor(late, device=self.accelerator.device), "sum"
+        )
+        return votes.item() > 0
 
     @property
     def trained_seconds(self) -> float:
@@ -133,7 +170,9 @@ class TrainingRun:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, atomically."""
+        """Write a checkpoint, atomically, if this is the main process."""
+        if not self.is_main:
+            return
         state = {
             "step": self.step,
             "seconds": self.trained_seconds,
@@ -147,7 +186,9 @@ class TrainingRun:
         self._saved_at = time.monotonic()
 
     def log(self, numbers: dict[str, float]) -> None:
-        """Append a line of numbers to the log."""
+        """Append a line of numbers to the log, if this is the main process."""
+        if not self.is_main:
+            return
         line = {"step": self.step, "minutes": round(self.trained_seconds / 60, 2)} | {
             key: round(value, 6) for key, value in numbers.items()
         }
@@ -170,7 +211,8 @@ class TrainingRun:
             todo = "the file is damaged or of another network; begin in another folder"
             got = f"{type(error).__name__}: {error}"
             raise FileFormatError(f"cannot resume from {path}", got=got[:300], todo=todo) from error
-        _truncate_log(self.folder / _LOG, self.step)
+        if self.is_main:
+            _truncate_log(self.folder / _LOG, self.step)
 
     def _agree(self, settings: dict[str, Any]) -> None:
         """Settings of a run do not change under way; those that only say when to stop may."""
@@ -182,7 +224,29 @@ class TrainingRun:
                 raise L2MError(
                     f"run in {self.folder}", expected="its own settings", got=f"other {changed}", todo=todo
                 )
-        write_text(path, json.dumps(mine, indent=1))
+        if self.is_main:
+            write_text(path, json.dumps(mine, indent=1))
+
+
+def start_accelerator(device: str) -> "Accelerator":
+    """Join the processes that `accelerate launch` (or torchrun) started; without it there is this one alone.
+
+    Args:
+        device: "cpu", or "cuda" for this process's own GPU.
+
+    Raises:
+        MissingError: the package accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        todo = "pip install 'l2m-viz[training]'"
+        raise MissingError(
+            "training", expected="the package accelerate", got=str(error), todo=todo
+        ) from error
+    return Accelerator(
+        cpu=device == "cpu", mixed_precision="no"
+    )  # the trainings say themselves where bfloat16 is safe
 
 
 def run_loop(
@@ -199,18 +263,17 @@ def run_loop(
         step: Computes the loss of step number n, and further numbers to log.
         evaluate: Computes figures to log with the averaged weights.
         evaluate_every: Steps between evaluations; 0 only evaluates at the end.
-        report: Shown every logged line.
+        report: Shown every logged line, by the main process.
     """
+    if not run.is_main:
+        evaluate = report = None
     sums: dict[str, list[float]] = {}
     evaluated = -1
     try:
         while not run.done:
             started = time.perf_counter()
             loss, numbers = step(run.step)
-            numbers |= run.update(loss) | {
-                "loss": loss.item(),
-                "seconds_a_step": time.perf_counter() - started,
-            }
+            numbers |= run.update(loss) | {"seconds_a_step": time.perf_counter() - started}
             for key, value in numbers.items():
                 sums.setdefault(key, []).append(value)
             if run.step % run.cfg.log_every == 0:
@@ -268,13 +331,20 @@ def _ramped_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
     return average
 
 
-def _groups(model: nn.Module, cfg: RunCfg) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and scalars do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def _groups(
+    model: nn.Module, cfg: RunCfg, lr_scales: Mapping[str, float]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Groups of parameters and the factor on each one's rate. Matrices decay; biases, norms and scalars do not."""
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = next((f for prefix, f in lr_scales.items() if name.startswith(prefix)), 1.0)
+            members.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    groups = [
+        {"params": some, "weight_decay": cfg.weight_decay if decays else 0.0}
+        for (_, decays), some in members.items()
     ]
+    return groups, [scale for scale, _ in members]
 
 
 def _mean(values: list[float]) -> float:
@@ -293,7 +363,8 @@ def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "")
     return found
 
 
-_MAY_CHANGE = ("minutes", "checkpoint_minutes", "log_every", "workers", "photos", "val_photos")
+# Fewer steps in all than planned bring the cool-down forward: how a run that has to end is ended well.
+_MAY_CHANGE = ("steps", "minutes", "checkpoint_minutes", "log_every", "workers", "photos", "val_photos")
 
 
 def _truncate_log(path: Path, step: int) -> None:

@@ -71,7 +71,7 @@ class PairBatch:
 
     @property
     def next_index(self) -> int:
-        """Where a stream has to start to go on behind this batch."""
+        """Where a stream (without a ``stride``) has to start to go on behind this batch."""
         return self.index + len(self.photos)
 
 
@@ -101,6 +101,8 @@ class PairStream:
             ``if __name__ == "__main__":``.
         start: Number of the first pair; `PairBatch.next_index` of the last batch to resume.
         length: Number of batches, or None for no end.
+        stride: From the first pair of a batch to that of the next; None: ``batch_size``, so that no pair is left out.
+            One of several processes that share batches of B pairs has ``batch_size`` B / n and ``stride`` B.
         difficulty: The curriculum in place of ``cfg.difficulty``: a function of the pair's number, or a range to draw
             from.
 
@@ -119,15 +121,18 @@ class PairStream:
         num_workers: int = 0,
         start: int = 0,
         length: int | None = None,
+        stride: int | None = None,
         difficulty: Callable[[int], float] | Range | None = None,
     ) -> None:
         lowest = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_workers": (num_workers, 0)}
         lowest |= {"start": (start, 0), "length": (length or 0, 0)}
+        lowest |= {"stride": (batch_size if stride is None else stride, batch_size)}
         for name, (value, low) in lowest.items():
             if value < low:
                 raise L2MError(f"PairStream {name}", expected=f"at least {low}", got=str(value))
         self.cfg, self.batch_size, self.seed, self.start = cfg or PairCfg(), batch_size, seed, start
         self.num_workers, self.length, self.difficulty = num_workers, length, difficulty
+        self.stride = stride or batch_size
         self.skipped: dict[str, str] = {}
         self._maker = _PairMaker(Path(folder), self.cfg, seed)
 
@@ -208,9 +213,9 @@ class _Orders:
     def __iter__(self) -> Iterator[_Order]:
         stream, index, left = self._stream, self._stream.start, self._stream.length
         while left is None or left > 0:
-            stop = index + stream.batch_size
-            yield _Order(index, tuple(stream._difficulty(i) for i in range(index, stop)))
-            index, left = stop, None if left is None else left - 1
+            numbers = range(index, index + stream.batch_size)
+            yield _Order(index, tuple(stream._difficulty(i) for i in numbers))
+            index, left = index + stream.stride, None if left is None else left - 1
 
 
 class _PairMaker:

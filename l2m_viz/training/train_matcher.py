@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import average_precision
 from l2m_viz.geometry import HW
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
@@ -16,7 +17,7 @@ from l2m_viz.matching.tiny import save_weights
 from l2m_viz.training.augment import AugmentCfg, augment
 from l2m_viz.training.losses import MatcherLossCfg, StageLoss, matcher_losses, reduce_losses
 from l2m_viz.training.pairs import PairCfg
-from l2m_viz.training.run import RunCfg, TrainingRun, run_loop
+from l2m_viz.training.run import RunCfg, TrainingRun, run_loop, start_accelerator
 from l2m_viz.training.stream import PairBatch, PairStream
 
 WEIGHTS = "weights.safetensors"
@@ -52,7 +53,9 @@ class MatcherTrainingCfg:
     sizes: tuple[HW, ...] = ((256, 256), (224, 288), (288, 224), (192, 320))
     # Share of a batch whose second view is of another photo: nothing is covisible.
     unrelated: float = 0.06
-    # Encoder's learning rate over the rest's; 0 freezes it.
+    # Share of a batch's pairs that the refiners see. They learn sooner than the coarse stage and are half of the work.
+    refined: float = 1.0
+    # Encoder's learning rate over the rest's; 0 freezes it, norms included.
     encoder_lr: float = 1.0
     evaluate_every: int = 1000
     workers: int = 1
@@ -84,39 +87,52 @@ def train_matcher(
         ImageError: no photos.
     """
     torch.manual_seed(cfg.run.seed)
-    network = DenseNetwork(cfg.network).to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    if cfg.encoder_lr == 0:
-        network.encoder.requires_grad_(False)
-    run = TrainingRun(out, network, cfg.run, asdict(cfg))
+    accelerator = start_accelerator(device)
+    network = DenseNetwork(cfg.network).to(  # pyright: ignore[reportCallIssue]
+        device=accelerator.device, memory_format=torch.channels_last
+    )
+    frozen = cfg.encoder_lr == 0
+    network.encoder.requires_grad_(not frozen)
+    run = TrainingRun(out, network, cfg.run, asdict(cfg), accelerator, {"encoder.": cfg.encoder_lr})
     if begin_from is not None and run.step == 0:
         run.begin_from(begin_from)
-    batches = _Batches(photos, cfg, run.step)
+    batches = _Batches(photos, cfg, run.step, accelerator.process_index, accelerator.num_processes)
+    refined = max(1, round(cfg.refined * batches.pairs))
 
     def step(number: int) -> tuple[Tensor, dict[str, float]]:
         network.train()
+        network.encoder.train(not frozen)
         batch = batches.next(number)
         image_A, image_B = _images(batch, cfg.augment, device)
         batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
         with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
-            there, back = network(image_A, image_B)
+            there, back = run.network(image_A, image_B, refined)
         terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
         return terms["total"], {k: v.item() for k, v in terms.items() if k != "total"} | _errors(per_stage)
 
     evaluate = None
-    if val_photos is not None:
+    if val_photos is not None and run.is_main:
         judge = _Judge(val_photos, cfg, device)
         evaluate = lambda: judge(run.ema.module)  # noqa: E731
     run_loop(run, step, evaluate, cfg.evaluate_every, report)
     meta = {"name": "l2m-tiny", "steps": str(run.step), "minutes": f"{run.trained_seconds / 60:.0f}"}
-    save_weights(out / WEIGHTS, run.ema.module.state_dict(), meta)
+    if run.is_main:
+        save_weights(out / WEIGHTS, run.ema.module.state_dict(), meta)
     return run.ema.module  # pyright: ignore[reportReturnType]
 
 
 class _Batches:
-    """Batch number n of the run: sizes take turns, each with a stream of its own."""
+    """This process's share of batch number n of the run: sizes take turns, each with a stream of its own."""
 
-    def __init__(self, photos: Path, cfg: MatcherTrainingCfg, first_step: int) -> None:
+    def __init__(
+        self, photos: Path, cfg: MatcherTrainingCfg, first_step: int, process: int = 0, processes: int = 1
+    ) -> None:
+        if cfg.batch_size % processes:
+            expected = f"a batch that {processes} processes share evenly"
+            raise L2MError("train_matcher", expected=expected, got=f"{cfg.batch_size} pairs")
         self._cfg, self._photos = cfg, photos
+        self.pairs = cfg.batch_size // processes
+        self._offset = process * self.pairs
         self._streams: list[Iterator[PairBatch]] = [
             iter(self._stream(turn, self._turns_before(first_step, turn))) for turn in range(len(cfg.sizes))
         ]
@@ -139,10 +155,11 @@ class _Batches:
         return PairStream(
             self._photos,
             replace(cfg.pairs, hw=cfg.sizes[turn]),
-            batch_size=cfg.batch_size,
+            batch_size=self.pairs,
             seed=cfg.run.seed * 1000 + turn,
             num_workers=cfg.workers,
-            start=batches_done * cfg.batch_size,
+            start=batches_done * cfg.batch_size + self._offset,
+            stride=cfg.batch_size,
             difficulty=difficulty,
         )
 

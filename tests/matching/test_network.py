@@ -208,3 +208,15 @@ def test_every_stage_can_be_trained():
     without = [name for name, p in network.named_parameters() if p.grad is None]
     assert without == ["encoder.vit.mask_token"]
     assert all(np.isfinite(p.grad.norm().item()) for p in network.parameters() if p.grad is not None)
+
+
+def test_the_refiners_may_see_the_first_pairs_only():
+    torch.manual_seed(0)
+    network = DenseNetwork(tiny_cfg()).eval()
+    images = torch.rand(2, 3, 3, 48, 64)
+    with torch.no_grad():
+        all_of_them, _ = network(*images)
+        coarse, *refined = network(*images, refined=2)[0]
+    torch.testing.assert_close(coarse.warp, all_of_them[0].warp)
+    for stage, whole in zip(refined, all_of_them[1:], strict=True):
+        torch.testing.assert_close(stage.warp, whole.warp[:2], atol=1e-5, rtol=1e-4)

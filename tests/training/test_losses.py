@@ -130,3 +130,13 @@ def test_without_any_truth_the_loss_is_finite_and_teaches_certainty(shift):
     assert (stage.warp.grad == 0).all()
     assert stage.certainty_logit.grad is not None
     assert (stage.certainty_logit.grad > 0).all()  # less certain everywhere
+
+
+def test_a_stage_that_saw_the_first_pairs_only_is_judged_by_their_truth(shift):
+    warp, covisible = (torch.cat([part, part.roll(7, dims=1)]) for part in shift)
+    coarse, fine = (_stage(stride, truth_at_stride(warp, covisible, stride)[0] + 0.05) for stride in (16, 8))
+    whole = matcher_losses([coarse, fine], warp, covisible, HW, MatcherLossCfg())
+    fewer = matcher_losses([coarse, fine.first(1)], warp, covisible, HW, MatcherLossCfg())
+    torch.testing.assert_close(fewer[0].position, whole[0].position)
+    torch.testing.assert_close(fewer[1].position, whole[1].position[:1])
+    torch.testing.assert_close(fewer[1].certainty, whole[1].certainty[:1])

@@ -117,6 +117,23 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):
         _begin(tmp_path, batch={"size": 4, "workers": 1})
 
 
+def test_a_run_may_be_ended_sooner_than_planned(tmp_path):
+    _begin(tmp_path, run={"steps": 60, "lr": 1.0}).save()
+    _begin(tmp_path, run={"steps": 40, "lr": 1.0})
+    assert json.loads((tmp_path / "run.json").read_text())["run"]["steps"] == 40
+
+
+def test_parameters_learn_at_their_own_rates(tmp_path):
+    run = TrainingRun(tmp_path, _model(), CFG, {}, lr_scales={"0.": 0.25})
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.update(sum(p.sum() for p in run.model.parameters()))
+    moved = {name: (p - before[name]).abs().max().item() for name, p in run.model.named_parameters()}
+    rate = CFG.lr_at(0)  # Adam's first step moves each parameter by its rate, and matrices decay beside it
+    assert moved["0.bias"] == pytest.approx(0.25 * rate, rel=1e-3)
+    assert moved["2.bias"] == pytest.approx(rate, rel=1e-3)
+    assert moved["0.weight"] == pytest.approx(0.25 * rate, rel=0.02)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     _begin(tmp_path).save()
     data = (tmp_path / "checkpoint.pt").read_bytes()

@@ -82,6 +82,17 @@ def test_a_stream_goes_on_where_it_was_left(folder):
     _assert_same(whole[2:], list(rest))  # and every iteration starts anew
 
 
+def test_processes_share_batches_without_gap_or_overlap(folder):
+    whole = list(PairStream(folder, CFG, batch_size=4, seed=1, length=2))
+    shares = [
+        list(PairStream(folder, CFG, batch_size=2, seed=1, start=start, stride=4, length=2))
+        for start in (0, 2)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for name, value in _tensors(batch).items():
+            assert torch.equal(value, torch.cat([_tensors(part)[name] for part in parts])), name
+
+
 def test_a_pair_can_be_made_again_in_two_ways(folder):
     stream = PairStream(folder, CFG, batch_size=4, seed=2, length=2, difficulty=(0.1, 0.9))
     batch = list(stream)[1]
