@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
+from l2m_viz.data.files import atomic_write, write_text
 from l2m_viz.demo import DemoCfg, run_demo
-from l2m_viz.encoders.weights import resolve_device
+from l2m_viz.encoders import load_encoder
+from l2m_viz.encoders.conv_pyramid import load_encoder_state
+from l2m_viz.encoders.weights import DINOV2_VITS14, resolve_device
 from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import (
     DEV_BENCHMARKS,
@@ -20,15 +22,27 @@ from l2m_viz.evaluation import (
     load_dev_pairs,
     report_format,
 )
+from l2m_viz.evaluation.features import (
+    FeaturePckCfg,
+    evaluate_features,
+    features_table,
+    photo_pairs,
+    renamed,
+)
 from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_to_folder
 from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
+from l2m_viz.matching.weights import published_encoder, save_official
 from l2m_viz.photo import PhotoCfg
 from l2m_viz.show.evaluation import Sheets
+from l2m_viz.show.features import compare_encoders
+from l2m_viz.show.figures import to_png
 from l2m_viz.synth import SynthCfg, synthesise
-from l2m_viz.training.presets import tiny_matcher
+from l2m_viz.training.presets import PRESETS, dinov2_stage_1, tiny_stage_1
 from l2m_viz.training.run import print_numbers
-from l2m_viz.training.train_matcher import WEIGHTS, train_matcher
+from l2m_viz.training.stage_1 import StageOneOptions, train_stage_1
+from l2m_viz.training.train_matcher import WEIGHTS, MatcherTrainingOptions, train_matcher
+from l2m_viz.validation import Validation
 
 app = tyro.extras.SubcommandApp()
 _Path = Annotated[Path, tyro.conf.Positional]
@@ -153,38 +167,85 @@ app.command(
 @training.command(name="matcher")
 def train_tiny_matcher(
     photos: _Path,
+    options: Annotated[MatcherTrainingOptions, tyro.conf.arg(name="")],
     out: Path = Path("outputs/train-matcher"),
     val_photos: Path | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
+    dev_data: Path | None = None,
     begin_from: Path | None = None,
-    workers: int = 1,
+    encoder: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Stage 2: train l2m-tiny on pairs made from a folder of photos; run it again in the same folder to go on.
+    """Stage 2: train a matcher on pairs made from a folder of photos; run it again in the same folder to go on.
 
     Args:
         photos: Folder of photos; subfolders count.
-        out: The run's folder: checkpoint, log, TensorBoard events, and weights.safetensors for `--weights`.
+        options: How long, and what learns.
+        out: The run's folder: checkpoint, log, TensorBoard events, pictures of matched pairs in validation/, and
+            weights.safetensors for `--weights`.
         val_photos: Other photos, whose pairs judge the averaged weights as training goes.
-        minutes: Stop after so many minutes; the run can go on later.
-        steps: Optimiser steps in all, in place of the preset's.
-        begin_from: Weights (.safetensors) to start from.
-        workers: Processes that make pairs, for each size of picture; 0 makes them in between.
+        dev_data: Folder of development pairs, see `l2m eval dev`, that are matched at each evaluation, too.
+        begin_from: Weights (.safetensors) of a matcher to start from.
+        encoder: Weights of stage 1 to start the encoder from; of the preset "official", its DINOv2.
         device: "auto" is the GPU if torch sees one.
     """
-    cfg = tiny_matcher()
-    run = replace(cfg.run, minutes=minutes, steps=steps or cfg.run.steps)
-    train_matcher(
+    if begin_from and not (out / "checkpoint.pt").is_file():
+        print(f"begins from {begin_from}: its averaged weights, a new optimiser, and a warm-up")
+    official = options.preset == "official"
+    own = load_encoder_state(encoder) if encoder and not official else None
+    pairs = photo_pairs(val_photos, FeaturePckCfg(num_photo_pairs=6)) if val_photos else []
+    pairs += load_dev_pairs(dev_data) if dev_data else []
+    trained = train_matcher(
         photos,
         out,
-        replace(cfg, run=run, workers=workers),
+        options.applied_to(PRESETS[options.preset]()),
         val_photos=val_photos,
         begin_from=read_weights(begin_from)[0] if begin_from else None,
+        encoder=published_encoder(encoder) if official else own,
+        validate=Validation(pairs, out / "validation") if pairs and not official else None,
         report=print_numbers,
         device=str(resolve_device(device)),
     )
     print(f"weights: {(out / WEIGHTS).resolve()}")
+    if official:
+        save_official(out / "official.safetensors", trained.state_dict())
+        print(f"in RoMa's format: {(out / 'official.safetensors').resolve()}")
+
+
+@training.command(name="encoder")
+def train_stage_1_encoder(
+    photos: _Path,
+    options: Annotated[StageOneOptions, tyro.conf.arg(name="")],
+    out: Path = Path("outputs/train-encoder"),
+    val_photos: Path | None = None,
+    begin_from: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Stage 1: train the 2D encoder, then make it 3D-aware; run it again with the same folder to go on.
+
+    Args:
+        photos: Folder of photos; subfolders count.
+        options: What is trained, and how long.
+        out: Folder for both runs (2d, 3d) and the files of weights, for `load_encoder` and stage 2.
+        val_photos: Other photos, whose pairs judge the averaged weights as training goes.
+        begin_from: Weights of a 2D encoder to make 3D-aware; then none is trained. DINOv2's published ones are
+            downloaded if none are named.
+        device: "auto" is the GPU if torch sees one.
+    """
+    if options.encoder == "l2m-tiny":
+        cfg, begin = tiny_stage_1(), load_encoder_state(begin_from) if begin_from else None
+    else:
+        cfg, begin = dinov2_stage_1(), DINOV2_VITS14.read(begin_from)
+    written = train_stage_1(
+        photos,
+        out,
+        options.applied_to(cfg),
+        begin_from=begin,
+        val_photos=val_photos,
+        report=print_numbers,
+        device=str(resolve_device(device)),
+    )
+    for path in written:
+        print(f"weights: {path.resolve()}")
 
 
 evaluation = tyro.extras.SubcommandApp()
@@ -229,6 +290,45 @@ def dev(
     if pictures is not None:
         for path in sheets.write(pictures):
             print(path)
+
+
+@evaluation.command(name="features")
+def eval_features(
+    data: Path | None = None,
+    photos: Path | None = None,
+    encoder: tuple[str, ...] = ("l2m-tiny", "l2m-tiny-2d", "dense-sift"),
+    num: int = 64,
+    out: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Judge encoders by whether features of the same point agree across views.
+
+    Args:
+        data: Folder with rgbd, for frames with measured depth.
+        photos: Folder of photos that nothing was trained on, to make pairs from.
+        encoder: Which encoders; NAME=FILE takes the weights of a file.
+        num: Pairs made from photos.
+        out: Also write the table (.md).
+        picture: Also draw the first pair as the encoders see it (.png).
+    """
+    cfg = FeaturePckCfg(num_photo_pairs=num)
+    pairs = photo_pairs(photos, cfg) if photos else []
+    pairs += load_dev_pairs(data, ["rgbd"]) if data else []
+    if not pairs:
+        raise L2MError("eval features", expected="--data, --photos, or both", got="neither")
+    encoders = {spec: load_encoder(*spec.split("=", 1)) for spec in encoder}
+    results = []
+    for spec, loaded in encoders.items():
+        with _percent_bar() as progress:
+            results += renamed(evaluate_features(loaded, pairs, cfg, progress), spec)
+    table = features_table(results, cfg)
+    print(table)
+    if out is not None:
+        write_text(out, table)
+    if picture is not None:
+        with atomic_write(picture) as file:
+            file.write(to_png(compare_encoders(list(encoders.items()), pairs[0])))
+        print(picture)
 
 
 @contextmanager

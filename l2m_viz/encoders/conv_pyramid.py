@@ -1,6 +1,7 @@
 """A small convolutional pyramid: the encoder of l2m-tiny."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2m_viz.encoders.imagenet import normalize_imagenet
+from l2m_viz.encoders.shipped import read_weights
+from l2m_viz.encoders.weights import State, load_strict
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,10 @@ class ConvPyramidCfg:
     strides: tuple[int, ...] = (2, 4, 8, 16)
     widths: tuple[int, ...] = (32, 64, 128, 192)
     blocks: tuple[int, ...] = (1, 2, 2, 3)
+
+
+TINY_PYRAMID = ConvPyramidCfg(widths=(32, 48, 96, 192), blocks=(0, 1, 1, 3))
+"""That of l2m-tiny: 2.6 million parameters."""
 
 
 class ConvPyramid(nn.Module):
@@ -74,3 +81,23 @@ class ResidualBlock(nn.Module):
 def _conv_norm(width_in: int, width_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(width_in, width_out, kernel, stride=stride, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(width_out))
+
+
+def load_pyramid(path: str | Path, cfg: ConvPyramidCfg = TINY_PYRAMID) -> ConvPyramid:
+    """Build a pyramid, in evaluation mode, from a file that stage 1 wrote.
+
+    Raises:
+        FileFormatError: the file is absent, damaged, or another network's.
+    """
+    with torch.device("meta"):
+        pyramid = ConvPyramid(cfg)
+    return load_strict(pyramid, read_weights(Path(path))[0], Path(path).name).eval()
+
+
+def load_encoder_state(path: str | Path, cfg: ConvPyramidCfg = TINY_PYRAMID) -> State:
+    """The weights of `load_pyramid` by their names in a `ConvPyramid`: where stage 2 may start its encoder.
+
+    Raises:
+        FileFormatError: the file is absent, damaged, or another network's.
+    """
+    return load_pyramid(path, cfg).state_dict()

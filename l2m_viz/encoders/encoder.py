@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from l2m_viz.data.images import resize_image
 from l2m_viz.encoders import dinov2, weights as checkpoints
+from l2m_viz.encoders.conv_pyramid import load_pyramid
 from l2m_viz.encoders.dinov2 import DinoCfg, DinoViT
 from l2m_viz.encoders.imagenet import normalize_imagenet
+from l2m_viz.encoders.shipped import Shipped
 from l2m_viz.encoders.vgg import VGG19Pyramid
 from l2m_viz.encoders.weights import Checkpoint, load_strict, resolve_device
 from l2m_viz.errors import L2MError, MissingError, ShapeError
@@ -66,10 +69,10 @@ class DenseSift(Encoder):
 
 
 class NetworkEncoder(Encoder):
-    """One level of a network whose weights learned from ImageNet-normalised images.
+    """One level of a network.
 
     Attributes:
-        network: Gives the features (1, D, h, w) of normalised images (1, 3, H, W).
+        network: Gives the features (1, D, h, w) of images (1, 3, H, W), RGB in [0, 1].
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class NetworkEncoder(Encoder):
     def _encode(self, image: Float[Tensor, "H W 3"]) -> Tensor:
         images = image.permute(2, 0, 1)[None].to(self.device)
         with torch.no_grad():
-            features = self.network(normalize_imagenet(images))
+            features = self.network(images)
         return features[0].permute(1, 2, 0).float().cpu().contiguous()
 
 
@@ -95,7 +98,9 @@ def _vgg19(weights: str | Path | None, device: torch.device) -> Encoder:
     with torch.device("meta"):
         pyramid = VGG19Pyramid()
     load_strict(pyramid, checkpoints.VGG19_BN.read(weights), "VGG19-bn").to(device).eval()
-    return NetworkEncoder("vgg19-bn", lambda images: pyramid(images)[8], 8, pyramid.channels[8], device)
+    return NetworkEncoder(
+        "vgg19-bn", lambda images: pyramid(normalize_imagenet(images))[8], 8, pyramid.channels[8], device
+    )
 
 
 def _dinov2(
@@ -104,11 +109,37 @@ def _dinov2(
     with torch.device("meta"):
         vit = DinoViT(cfg)
     load_strict(vit, checkpoint.read(weights), checkpoint.name).to(device).eval()
-    return NetworkEncoder(checkpoint.name, vit, cfg.patch_size, cfg.dim, device)
+    return NetworkEncoder(
+        checkpoint.name, lambda images: vit(normalize_imagenet(images)), cfg.patch_size, cfg.dim, device
+    )
+
+
+_TINY_STRIDE = 8  # of the map that the way back up ends in
+# The 3D-aware encoder of l2m-tiny, and the one that it was made from, which saw photos as flat prints only.
+TINY_ENCODER = Shipped.named("l2m-tiny-encoder.safetensors")
+TINY_2D_ENCODER = Shipped.named("l2m-tiny-2d-encoder.safetensors")
+
+
+def _tiny(name: str, shipped: Shipped, weights: str | Path | None, device: torch.device) -> Encoder:
+    if weights is None and shipped.find() is None:
+        todo = "train one with `l2m train encoder PHOTOS` and name its file as weights"
+        raise MissingError(f"encoder '{name}'", expected=shipped.where(), todo=todo)
+    pyramid = load_pyramid(weights or shipped.path).to(device)
+    dim, coarsest = pyramid.channels[_TINY_STRIDE], pyramid.strides[-1]
+
+    def features(images: Tensor) -> Tensor:
+        """Repeat the border up to whole cells of the coarsest map, and leave out what was added."""
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % coarsest, 0, -height % coarsest), mode="replicate")
+        return pyramid(padded)[_TINY_STRIDE][..., : height // _TINY_STRIDE, : width // _TINY_STRIDE]
+
+    return NetworkEncoder(name, features, _TINY_STRIDE, dim, device)
 
 
 # Each is made from a file of weights (None: the published one) and a device.
 _ENCODERS: dict[str, Callable[[str | Path | None, torch.device], Encoder]] = {
+    "l2m-tiny": partial(_tiny, "l2m-tiny", TINY_ENCODER),
+    "l2m-tiny-2d": partial(_tiny, "l2m-tiny-2d", TINY_2D_ENCODER),
     "dense-sift": _dense_sift,
     "vgg19-bn": _vgg19,
     "dinov2-vits14": partial(_dinov2, checkpoints.DINOV2_VITS14, dinov2.DINOV2_VITS14),
@@ -123,9 +154,10 @@ def load_encoder(
     """Make an encoder by its name.
 
     Args:
-        name: "dense-sift", "vgg19-bn", "dinov2-vits14", "dinov2-vitb14" or "dinov2-vitl14".
-        weights: A file of weights in the published format; None takes the published ones, which are downloaded at
-            first use.
+        name: "l2m-tiny" (3D-aware), "l2m-tiny-2d", "dense-sift", "vgg19-bn", "dinov2-vits14",
+            "dinov2-vitb14" or "dinov2-vitl14".
+        weights: A file of weights in the published format; None takes the published ones: those of l2m-tiny come with
+            the package, others are downloaded at first use.
         device: Where it computes; "auto" is the GPU if torch sees one.
 
     Raises:

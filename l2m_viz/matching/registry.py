@@ -12,14 +12,7 @@ from l2m_viz.geometry import HW
 from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
 from l2m_viz.matching.matcher import Matcher, Precision
-from l2m_viz.matching.tiny import (
-    SHIPPED,
-    TINY_RESOLUTION,
-    TINY_UPSAMPLE_RESOLUTION,
-    Shipped,
-    fastest_precision,
-    load_tiny,
-)
+from l2m_viz.matching.tiny import SHIPPED, Shipped, load_tiny, tiny_dense_matcher
 from l2m_viz.matching.weights import CHECKPOINTS, load_published
 
 
@@ -86,16 +79,13 @@ def _dense(name: str, summary: str) -> _Entry:
 
 def _tiny(options: _Options, device: torch.device) -> Matcher:
     """The network that ships with the package."""
-    from l2m_viz.matching.dense import DenseMatcher
-
-    cfg = DenseMatcher.Cfg(
-        resolution=options.resolution or TINY_RESOLUTION,
-        upsample_resolution=options.upsample_resolution or TINY_UPSAMPLE_RESOLUTION,
-        keep_aspect=options.resolution is None and options.upsample_resolution is None,
-        attenuate=False,
-        precision=options.precision or fastest_precision(device),
+    return tiny_dense_matcher(
+        load_tiny(options.weights),
+        device,
+        resolution=options.resolution,
+        upsample_resolution=options.upsample_resolution,
+        precision=options.precision,
     )
-    return DenseMatcher("l2m-tiny", load_tiny(options.weights), cfg, device)
 
 
 _PAIR = ("weights", "backbone_weights")

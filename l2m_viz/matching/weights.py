@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from l2m_viz.data.download import Progress
+from l2m_viz.data.files import atomic_write
 from l2m_viz.encoders.weights import (
     DINOV2_VITL14,
     DINOV2_VITL14_L2MPP,
+    VGG19_BN,
     Checkpoint,
     State as State,
     load_strict as load_strict,
@@ -129,3 +131,29 @@ def load_published(
     state = checkpoint.decoder.read(weights, progress)
     backbone = checkpoint.backbone.read(backbone_weights, progress)
     return load_official(network, state, backbone, name).eval()
+
+
+def published_encoder(dinov2_weights: str | Path | None = None) -> State:
+    """VGG19 and DINOv2 as the encoder of the full-size network, to begin a training from.
+
+    Args:
+        dinov2_weights: A DINOv2 of one's own, such as stage 1's; None takes the published one.
+
+    Raises:
+        MissingError: a file is not here and cannot be fetched.
+        FileFormatError: a file is damaged, or has another hash.
+    """
+    parts = {"cnn": VGG19_BN.read(), "vit": DINOV2_VITL14.read(dinov2_weights)}
+    return {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}
+
+
+def save_official(path: Path, state: State) -> None:
+    """Write a full-size network's own training as the official files are: RoMa's names, without DINOv2.
+
+    ``load_matcher("roma-outdoor", weights=path, backbone_weights=...)`` reads it.
+    """
+    from safetensors.torch import save
+
+    own = {official_key(key): value for key, value in state.items() if not key.startswith(_VIT)}
+    with atomic_write(path) as file:
+        file.write(save({key: value.detach().cpu().contiguous() for key, value in own.items()}))

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.encoders.imagenet import normalize_imagenet
+from l2m_viz.encoders.weights import load_strict
 from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import average_precision
 from l2m_viz.geometry import HW
@@ -43,6 +46,8 @@ class MatcherTrainingCfg:
     """Everything that defines a stage-2 run, but for the photos."""
 
     network: NetworkCfg
+    # Of the matcher, written into the file of weights.
+    name: str = "l2m-tiny"
     run: RunCfg = field(default_factory=RunCfg)
     pairs: PairCfg = field(default_factory=lambda: PairCfg(holes="background"))
     augment: AugmentCfg = field(default_factory=AugmentCfg)
@@ -55,10 +60,39 @@ class MatcherTrainingCfg:
     unrelated: float = 0.06
     # Share of a batch's pairs that the refiners see. They learn sooner than the coarse stage and are half of the work.
     refined: float = 1.0
-    # Encoder's learning rate over the rest's; 0 freezes it, norms included.
+    # Encoder's learning rate over the rest's.
     encoder_lr: float = 1.0
+    # Parts that stay as they are, norms included, by the dotted names of their modules.
+    frozen: tuple[str, ...] = ()
+    # Whether the network expects images without ImageNet's mean and deviation, as VGG and DINOv2 do.
+    imagenet_normalised: bool = False
     evaluate_every: int = 1000
     workers: int = 1
+
+
+@dataclass(frozen=True)
+class MatcherTrainingOptions:
+    """What a user may choose; None keeps the preset's.
+
+    Attributes:
+        preset: "tiny" is l2m-tiny; "base" a wider one for a GPU; "official" the full-size network by RoMa's recipe.
+        minutes: Stop after so many minutes; the run can go on later.
+        steps: Optimiser steps in all. A run that is under way may be given fewer: then it cools down and ends sooner.
+        freeze_encoder: Leave the encoder as it is.
+        workers: Processes that make pairs, for each size of picture; 0 makes them in between.
+    """
+
+    preset: Literal["tiny", "base", "official"] = "tiny"
+    minutes: float | None = None
+    steps: int | None = None
+    freeze_encoder: bool = False
+    workers: int = 1
+
+    def applied_to(self, cfg: MatcherTrainingCfg) -> MatcherTrainingCfg:
+        """The settings with these choices."""
+        run = replace(cfg.run, minutes=self.minutes, steps=self.steps or cfg.run.steps)
+        frozen = ("encoder",) if self.freeze_encoder else cfg.frozen
+        return replace(cfg, run=run, frozen=frozen, workers=self.workers)
 
 
 def train_matcher(
@@ -68,6 +102,8 @@ def train_matcher(
     *,
     val_photos: Path | None = None,
     begin_from: dict[str, Tensor] | None = None,
+    encoder: dict[str, Tensor] | None = None,
+    validate: Callable[[DenseNetwork], dict[str, float]] | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     device: str = "cpu",
 ) -> DenseNetwork:
@@ -79,6 +115,8 @@ def train_matcher(
         cfg: Settings; a run in ``out`` goes on only under the same ones.
         val_photos: Folder of other photos; their pairs judge the averaged weights as training goes.
         begin_from: Weights of the same network to start from.
+        encoder: Weights of stage 1 to start the encoder from.
+        validate: Called with the averaged weights, in evaluation mode, at each evaluation; its figures are logged.
         report: Shown every logged line of numbers.
         device: Where the network lives.
 
@@ -91,8 +129,9 @@ def train_matcher(
     network = DenseNetwork(cfg.network).to(  # pyright: ignore[reportCallIssue]
         device=accelerator.device, memory_format=torch.channels_last
     )
-    frozen = cfg.encoder_lr == 0
-    network.encoder.requires_grad_(not frozen)
+    frozen = [network.get_submodule(name).requires_grad_(False) for name in cfg.frozen]
+    if encoder is not None:  # a run that goes on takes its own again
+        load_strict(network.encoder, encoder, "encoder of stage 1")
     run = TrainingRun(out, network, cfg.run, asdict(cfg), accelerator, {"encoder.": cfg.encoder_lr})
     if begin_from is not None and run.step == 0:
         run.begin_from(begin_from)
@@ -101,24 +140,30 @@ def train_matcher(
 
     def step(number: int) -> tuple[Tensor, dict[str, float]]:
         network.train()
-        network.encoder.train(not frozen)
+        for part in frozen:
+            part.eval()
         batch = batches.next(number)
-        image_A, image_B = _images(batch, cfg.augment, device)
+        image_A, image_B = _images(batch, cfg, device)
         batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
         with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
             there, back = run.network(image_A, image_B, refined)
         terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
         return terms["total"], {k: v.item() for k, v in terms.items() if k != "total"} | _errors(per_stage)
 
-    evaluate = None
+    judges: list[Callable[[DenseNetwork], dict[str, float]]] = [validate] if validate else []
     if val_photos is not None and run.is_main:
-        judge = _Judge(val_photos, cfg, device)
-        evaluate = lambda: judge(run.ema.module)  # noqa: E731
-    run_loop(run, step, evaluate, cfg.evaluate_every, report)
-    meta = {"name": "l2m-tiny", "steps": str(run.step), "minutes": f"{run.trained_seconds / 60:.0f}"}
+        judges.append(_Judge(val_photos, cfg, device))
+
+    def evaluate() -> dict[str, float]:
+        averaged: DenseNetwork = run.ema.module.eval()  # pyright: ignore[reportAssignmentType]
+        return {key: value for judge in judges for key, value in judge(averaged).items()}
+
+    run_loop(run, step, evaluate if judges else None, cfg.evaluate_every, report)
+    trained: DenseNetwork = run.ema.module  # pyright: ignore[reportAssignmentType]
     if run.is_main:
-        save_weights(out / WEIGHTS, run.ema.module.state_dict(), meta)
-    return run.ema.module  # pyright: ignore[reportReturnType]
+        meta = {"name": cfg.name, "steps": str(run.step), "minutes": f"{run.trained_seconds / 60:.0f}"}
+        save_weights(out / WEIGHTS, trained.state_dict(), meta)
+    return trained
 
 
 class _Batches:
@@ -180,10 +225,11 @@ class _Judge:
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> dict[str, float]:
-        network.eval()
         errors, coarse, scores, labels = [], [], [], []
         for batch in self._batches:
-            image_A, image_B = (_channels_first(i, self._device) for i in (batch.image_A, batch.image_B))
+            image_A, image_B = (
+                _channels_first(image, self._cfg, self._device) for image in (batch.image_A, batch.image_B)
+            )
             with torch.autocast(self._device, torch.bfloat16, enabled=self._cfg.run.bf16):
                 stages, _ = network(image_A, image_B)
             hw = (image_B.shape[-2], image_B.shape[-1])
@@ -208,16 +254,19 @@ class _Judge:
         }
 
 
-def _images(batch: PairBatch, cfg: AugmentCfg, device: str) -> tuple[Tensor, Tensor]:
+def _images(batch: PairBatch, cfg: MatcherTrainingCfg, device: str) -> tuple[Tensor, Tensor]:
     """Both views, each with its own light, blur and noise, channels first."""
     both = torch.cat([batch.image_A, batch.image_B]).to(device)
     seeds = torch.cat([2 * (batch.seeds // 2), 2 * (batch.seeds // 2) + 1])
-    image_A, image_B = augment(both, cfg, seeds=seeds).chunk(2)
-    return _channels_first(image_A, device), _channels_first(image_B, device)
+    image_A, image_B = augment(both, cfg.augment, seeds=seeds).chunk(2)
+    return _channels_first(image_A, cfg, device), _channels_first(image_B, cfg, device)
 
 
-def _channels_first(images: Float[Tensor, "b h w 3"], device: str) -> Float[Tensor, "b 3 h w"]:
-    return images.to(device).permute(0, 3, 1, 2)  # strides are channels_last already
+def _channels_first(
+    images: Float[Tensor, "b h w 3"], cfg: MatcherTrainingCfg, device: str
+) -> Float[Tensor, "b 3 h w"]:
+    images = images.to(device).permute(0, 3, 1, 2)  # strides are channels_last already
+    return normalize_imagenet(images) if cfg.imagenet_normalised else images
 
 
 def with_unrelated(

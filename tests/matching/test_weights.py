@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import nn
 
+from l2m_viz.encoders.vgg import VGG19Pyramid
 from l2m_viz.encoders.weights import Checkpoint, resolve_device
 from l2m_viz.errors import FileFormatError, MissingError
 from l2m_viz.matching.network import DenseNetwork, official_cfg
-from l2m_viz.matching.weights import CHECKPOINTS, load_official, load_strict, official_key, read_state
+from l2m_viz.matching.weights import (
+    CHECKPOINTS,
+    load_official,
+    load_strict,
+    official_key,
+    published_encoder,
+    read_state,
+    save_official,
+)
 
 STATE_DICT = Path(__file__).parents[3] / "shared" / "reference" / "l2mpp_state_dict.json"
 HUB = Checkpoint("net", "a+b.pth", "https://huggingface.co/datasets/owner/name/resolve/main/a%2Bb.pth")
@@ -284,6 +293,28 @@ def test_one_official_parameter_too_few_or_misshapen_is_named_as_the_file_names_
     with pytest.raises(FileFormatError) as caught:
         load_official(full_size(), few | {key: torch.zeros(3, 5)}, backbone, "l2m++")
     assert f"{key} (3, 5) instead of" in str(caught.value)
+
+
+def test_a_training_of_ones_own_is_written_as_the_official_files_are(official, tmp_path):
+    state, backbone = official
+    with torch.device("meta"):
+        network = DenseNetwork(official_cfg())
+    trained = load_official(network, state, backbone, "test")
+    path = tmp_path / "own.safetensors"
+    save_official(path, trained.state_dict())
+    written = read_state(path)
+    path.unlink()  # 440 MB
+    assert written.keys() == state.keys()
+    assert all(written[key].shape == state[key].shape for key in state)
+
+
+def test_a_training_begins_with_the_published_encoders(official, monkeypatch):
+    _, backbone = official
+    vgg = {key: torch.zeros_like(value) for key, value in VGG19Pyramid().state_dict().items()}
+    monkeypatch.setattr(Checkpoint, "read", lambda self, *_: vgg if self.name == "vgg19-bn" else backbone)
+    with torch.device("meta"):
+        encoder = DenseNetwork(official_cfg()).encoder
+    load_strict(encoder, published_encoder(), "encoder")
 
 
 def test_a_wrong_backbone_is_named_too(official):

@@ -11,12 +11,17 @@ import torch
 
 from l2m_viz.data import load_sample, write_image
 from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
+from l2m_viz.encoders.dinov2 import DinoCfg
+from l2m_viz.encoders.vgg import VGG19Cfg
 from l2m_viz.errors import ImageError
 from l2m_viz.matching.attention import AttentionCoarseCfg
-from l2m_viz.matching.network import NetworkCfg
+from l2m_viz.matching.gp import GPCfg, GPCoarseCfg
+from l2m_viz.matching.network import DenseNetwork, NetworkCfg, VGGDinoCfg
 from l2m_viz.matching.refiner import RefinerCfg
 from l2m_viz.matching.tiny import read_weights
+from l2m_viz.matching.transformer_decoder import TransformerCfg
 from l2m_viz.training.pairs import PairCfg
+from l2m_viz.training.presets import PRESETS
 from l2m_viz.training.run import RunCfg
 from l2m_viz.training.stream import PairStream
 from l2m_viz.training.train_matcher import (
@@ -111,13 +116,60 @@ def test_no_photos_is_an_error(tmp_path):
 def test_frozen_the_encoder_stays(photos, tmp_path):
     torch.manual_seed(CFG.run.seed)
     before = train_matcher(photos, tmp_path / "a", replace(CFG, run=replace(CFG.run, minutes=1e-9)))
-    start = {k: v.clone() for k, v in before.encoder.named_parameters()}
+    start = {k: v.clone() for k, v in before.encoder.state_dict().items()}  # statistics of norms, too
     trained = train_matcher(
-        photos, tmp_path / "b", replace(CFG, encoder_lr=0.0), begin_from=before.state_dict()
+        photos, tmp_path / "b", replace(CFG, frozen=("encoder",)), begin_from=before.state_dict()
     )
-    for name, value in trained.encoder.named_parameters():
+    for name, value in trained.encoder.state_dict().items():
         torch.testing.assert_close(value, start[name], msg=name)
     assert not torch.equal(trained.coarse.entry.weight, before.coarse.entry.weight)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_describes_a_network_and_its_parts(preset):
+    cfg = PRESETS[preset]()
+    with torch.device("meta"):
+        network = DenseNetwork(cfg.network)
+    for part in cfg.frozen:
+        assert any(True for _ in network.get_submodule(part).parameters())
+    coarse = cfg.network.coarse.stride
+    strides = [coarse, *(refiner.stride for refiner in cfg.network.refiners)]
+    for height, width in cfg.sizes:
+        assert all(side % stride == 0 for side in (height, width) for stride in strides)
+
+
+def test_small_networks_of_the_official_kind_train_too(photos, tmp_path):
+    """VGG and a frozen DINOv2, Gaussian process, anchors on another grid than the cells, stride 14."""
+    network = NetworkCfg(
+        encoder=VGGDinoCfg(
+            VGG19Cfg(widths=(8, 12, 16, 24), depths=(1, 1, 1, 1)),
+            DinoCfg(dim=40, depth=1, num_heads=2, train_side=56),
+        ),
+        coarse=GPCoarseCfg(gp=GPCfg(dim=20), decoder=TransformerCfg(blocks=2, heads=4), wrap=True),
+        refiners=(
+            RefinerCfg(stride=14, displacement_dim=10, radius=3, blocks=1, reach=16),
+            RefinerCfg(stride=8, displacement_dim=8, radius=2, blocks=1),
+            RefinerCfg(stride=1, displacement_dim=2, blocks=1),
+        ),
+        projections=((14, 16), (8, 12), (1, 3)),
+    )
+    cfg = replace(
+        CFG,
+        network=network,
+        sizes=((56, 112),),
+        run=replace(CFG.run, steps=2),
+        frozen=("encoder.vit",),
+        imagenet_normalised=True,
+        encoder_lr=0.05,
+    )
+    torch.manual_seed(cfg.run.seed)
+    before = DenseNetwork(network).state_dict()
+    lines = []
+    trained = train_matcher(photos, tmp_path, cfg, report=lines.append).state_dict()
+    assert all(line["skipped"] == 0 for line in lines)
+    moved = {name for name, value in trained.items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith("encoder.vit.") for name in moved)
+    assert {name.partition(".")[0] for name in moved} == {"encoder", "projections", "coarse", "refiners"}
 
 
 @pytest.mark.slow
