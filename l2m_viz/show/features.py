@@ -16,8 +16,8 @@ from l2m_viz.geometry import HW, normalized_grid, sample_image
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 
-# One scale for all encoders: 0 is the same direction, 1 a right angle.
-DISTANCE_LIMITS = (0.0, 1.0)
+# One scale for all encoders: 0 is the same direction, 1 a right angle, beyond what corresponding points show.
+DISTANCE_LIMITS = (0.0, 0.5)
 
 _COLUMNS = 3
 

