@@ -27,13 +27,16 @@ from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
 from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image, sample_warp
 from l2m_viz.lifting import NEAR, LiftedScene, View, orbit_cameras, warp_from_depth
 from l2m_viz.matching import Match, load_matcher
-from l2m_viz.photo import NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
+from l2m_viz.photo import ENCODER, NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 from l2m_viz.show.report import Number, Picture, Section, write_report
 
 Progress = Callable[[float, str], None]
 """Called with the share of the work done, 0 to 1, and what is being done next."""
+
+# The network that ships with the package, and two classical methods to compare it with.
+_MATCHERS = ("l2m-tiny", "dis", "sift")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def run_demo(cfg: DemoCfg | None = None, progress: Progress | None = None) -> De
     lifting = _lift_stage(photo, view_B, cfg)
     tell(0.25, "splatting: one Gaussian a pixel")
     splatting = _splat_stage(photo, view_B, cfg)
-    tell(0.7, "matching: dis and sift")
+    tell(0.7, f"matching: {', '.join(_MATCHERS)}")
     matching = _match_stage(photo, view_B, cfg)
     tell(0.95, "writing the report")
     seconds = time.perf_counter() - start
@@ -180,7 +183,7 @@ def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
 
 
 def _photo_feature_colors(image: Float[Tensor, "h w 3"], pca: FeaturePCA) -> Float[Tensor, "h w 3"]:
-    small = pca.colors(pca.project(load_encoder("dense-sift")(image)))
+    small = pca.colors(pca.project(load_encoder(ENCODER)(image)))
     return sample_image(small, normalized_grid((image.shape[0], image.shape[1])))
 
 
@@ -204,7 +207,7 @@ def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoC
 
 
 def _match_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
-    """Match A and B with the classical matchers and compare with the exact correspondence."""
+    """Match A and B with the network and the classical matchers; compare with the exact correspondence."""
     scene = photo.scene
     image_B = view.image if photo.image_B is None else photo.image_B
     warp, covisible = photo.warp_A_to_B, photo.covisibility_A_to_B
@@ -214,11 +217,11 @@ def _match_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
             scene.depth, scene.K, view.depth, view.camera.K, pose, scene.valid_mask, ~view.hole_mask
         )
     numbers, shown, pictures = {}, [], []
-    for name in ("dis", "sift"):
+    for name in _MATCHERS:
         match = load_matcher(name).match(scene.image, image_B)
         match.save(cfg.out / f"match_{name}.npz")
         measured = compare_with_truth(match, warp, covisible, scene.valid_mask)
-        numbers |= {f"{name}_{key}": value for key, value in measured.items()}
+        numbers |= {f"{name}_{key}": value for key, value in {**measured, "overlap": match.overlap}.items()}
         shown += _match_numbers(name, measured, match.overlap)
         maps = _match_maps(name, image_B, match, warp, covisible)
         caption = (
@@ -232,7 +235,11 @@ def _match_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
         )
     real = "the real photo B" if photo.image_B is not None else "the rendered view B (its holes are black)"
     truth = "the lifted depth" if photo.warp_A_to_B is None else "measured disparity"
-    text = f"Photo A against {real}; the truth comes from {truth}."
+    text = (
+        f"Photo A against {real}; the truth comes from {truth}. {_MATCHERS[0]} is the network that ships with the"
+        f" package, trained on single photos alone; {' and '.join(_MATCHERS[1:])}, which learn nothing, are there to"
+        " compare."
+    )
     return _Stage(Section("3. Match", text, shown, pictures), numbers)
 
 

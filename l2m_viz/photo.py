@@ -14,6 +14,7 @@ from l2m_viz.gaussians import Gaussians, gaussians_from_depth
 from l2m_viz.geometry import HW, Camera, intrinsics, normalized_grid, sample_image
 from l2m_viz.lifting import Depth, LiftedScene, estimate_depth, lift, orbit_cameras, read_depth
 
+ENCODER = "l2m-tiny"  # whose features are shown; it ships with the package
 NUM_FEATURES = 16  # PCA components of the descriptor that each Gaussian carries
 # Focal length over the long side of a photo without calibration: 61 degrees, a phone's main camera held either way. The
 # paper's sampler draws wider lenses for training pairs; for looking at a photo a usual lens is the better guess.
@@ -96,15 +97,15 @@ def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:
 def feature_gaussians(
     image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"]
 ) -> tuple[Gaussians, FeaturePCA]:
-    """One Gaussian a pixel that carries the principal components of a dense descriptor, and the PCA basis.
+    """One Gaussian a pixel that carries the principal components of the encoder's features, and the PCA basis.
 
     The Gaussians name the encoder (``backbone``) and hold the same basis (``pca``), so that their file says what the
     features are.
     """
-    encoder = load_encoder("dense-sift")
-    descriptors = encoder(image)
-    pca = FeaturePCA.fit(descriptors, NUM_FEATURES)
-    features = sample_image(pca.project(descriptors), normalized_grid((image.shape[0], image.shape[1])))
+    encoder = load_encoder(ENCODER)
+    cells = encoder(image)
+    pca = FeaturePCA.fit(cells, NUM_FEATURES)
+    features = sample_image(pca.project(cells), normalized_grid((image.shape[0], image.shape[1])))
     gaussians = gaussians_from_depth(image, depth, K, features)
     return replace(gaussians, backbone=encoder.name, pca=pca), pca
 

@@ -281,7 +281,8 @@ def _array_from_loaded(image: PIL.Image.Image, name: str) -> np.ndarray:
     if mode == "La":
         image = image.convert("LA")
     alpha = image.has_transparency_data and mode not in ("CMYK", "YCbCr", "HSV")
-    return np.asarray(image.convert("RGBA" if alpha else "RGB"))
+    wanted = "RGBA" if alpha else "RGB"
+    return np.asarray(image if mode == wanted else image.convert(wanted))  # `convert` always copies
 
 
 def _rgb_from_lab(image: PIL.Image.Image) -> np.ndarray:
@@ -376,7 +377,8 @@ def require_image(name: str, image: Tensor) -> None:
     if not image.is_floating_point():
         todo = "read_image turns bytes into floats"
         raise ImageError(f"{name}: the image", expected="floats in [0, 1]", got=str(image.dtype), todo=todo)
-    _check_range(image.detach().cpu().numpy(), f"{name}: the image")
+    low, high = (value.item() for value in image.detach().aminmax())  # NaN if there is one
+    _check_range(low, high, f"{name}: the image")
 
 
 def _numpy_from_tensor(tensor: Tensor) -> np.ndarray:
@@ -399,7 +401,7 @@ def _rgb_from_array(array: np.ndarray, name: str) -> Tensor:
             todo="convert it; the range of other types is ambiguous",
         )
     if full is None:
-        _check_range(array, name)
+        _check_range(float(array.min()), float(array.max()), name)
     values = torch.from_numpy(array.astype(np.float32, order="C", copy=True))
     values = values.clamp_(0, 1) if full is None else values.div_(full)
     if values.ndim == 2:
@@ -410,8 +412,7 @@ def _rgb_from_array(array: np.ndarray, name: str) -> Tensor:
     return values.expand(-1, -1, 3).contiguous()  # [h w 3]
 
 
-def _check_range(array: np.ndarray, name: str) -> None:
-    low, high = float(array.min()), float(array.max())
+def _check_range(low: float, high: float, name: str) -> None:
     got = f"{low:g}..{high:g}"
     if not (np.isfinite(low) and np.isfinite(high)):
         todo = "replace NaN and infinity first"

@@ -66,7 +66,7 @@ def _all_lanes(builder, scalar):
 
 
 @intrinsic
-def _load_at(typingctx, array, x, y, width, last):
+def load_at(typingctx, array, x, y, width, last):
     """Eight elements, array[width * floor(y) + floor(x)], of positions >= 0; nothing beyond ``last`` is read."""
 
     def codegen(context, builder, sig, args):
@@ -97,7 +97,7 @@ def _magnitude(a):
     return maximum(a, splat(_ZERO) - a)
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 @no_type_check
 def invert_depth(depth, valid, margin, far, planes):
     """Fill the plane of inverse depth, 0 where unknown, and far, which is depth or very far where unknown."""
@@ -201,7 +201,7 @@ def _visible(far, hw, pinhole, pixel, w, point, to_light, light_z, radius, bias,
     deep = _magnitude(dw)
     dark, last = zero, height * width - 1
     for k in range(len(growth)):
-        depth = _load_at(far, u + np.float32(k) * du, v + np.float32(k) * dv, width, last)
+        depth = load_at(far, u + np.float32(k) * du, v + np.float32(k) * dv, width, last)
         clearance = depth * (w + np.float32(k) * dw) + less
         front = _HALF - clearance * (sharpness * growth[k])
         dark = maximum(dark, minimum(front, (clearance + depth * deep) * end + rear))

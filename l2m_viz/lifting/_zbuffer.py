@@ -1,4 +1,4 @@
-"""Numba kernels of the mesh renderer: project the vertices, fill a z-buffer with triangle numbers, interpolate.
+"""Numba kernels of the mesh renderer: cut the mesh, project it, fill a z-buffer with triangle numbers, interpolate.
 
 `no_type_check` keeps the tests' jaxtyping hook from wrapping what numba compiles.
 
@@ -41,6 +41,36 @@ PADDING = (
 _MAX_SPAN = 3  # px; triangles that reach over more pixels than this plus one are filled one by one
 _FAST = {"contract", "nsz", "arcp"}
 _ZERO, _HALF, _ONE, _INFINITY = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@no_type_check
+def cut_mesh(depth, valid, max_ratio, keep, across, cut):
+    """Fill keep (H-1, W-1, 2), the triangles that lie on one surface, and cut (H, W), the corners of those that do not.
+
+    A triangle with an unknown corner is neither. ``across`` (2, H+1, W+1) is working memory, zeros all around.
+    """
+    height, width = depth.shape
+    for y in numba.prange(height - 1):
+        for x in range(width - 1):
+            b, c = depth[y, x + 1], depth[y + 1, x]
+            near, far, known = (
+                min(b, c),
+                max(b, c),
+                valid[y, x + 1] & valid[y + 1, x],
+            )  # of the shared diagonal
+            z, exists = depth[y, x], known & valid[y, x]
+            one_surface = max(far, z) <= min(near, z) * max_ratio
+            keep[y, x, 0], across[0, y + 1, x + 1] = exists & one_surface, exists & (not one_surface)
+            z, exists = depth[y + 1, x + 1], known & valid[y + 1, x + 1]
+            one_surface = max(far, z) <= min(near, z) * max_ratio
+            keep[y, x, 1], across[1, y + 1, x + 1] = exists & one_surface, exists & (not one_surface)
+    # A pixel is a, b or c of the upper triangles of the quads at its lower right, lower left and upper right, and b, c
+    # or d of the lower ones of those at its lower left, upper right and upper left.
+    for y in numba.prange(height):
+        for x in range(width):
+            upper = across[0, y + 1, x + 1] | across[0, y + 1, x] | across[0, y, x + 1]
+            cut[y, x] = upper | across[1, y + 1, x] | across[1, y, x + 1] | across[1, y, x]
 
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
@@ -106,7 +136,7 @@ def _corners(triangle, row_bits):
     return y, x, y, x + 1, y + 1, x
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _fill(screen, triangle, row_bits, first, last, inverse_depth, owner):
     """Rasterize one triangle into rows [first, last) of the z-buffer. Back faces write their depth, too."""
@@ -213,7 +243,7 @@ def _fill_eight(screen, triangle, row_bits, a, b, c, kept, first, last, inverse_
                     owner[row, column] = number if scratch[3 * LANES + lane] > _ZERO else -2 - number
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 @no_type_check
 def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
     """Fill inverse_depth (h, w) and owner (h, w): the front triangle's number, -1 empty, <= -2 seen from behind.
@@ -255,7 +285,7 @@ def rasterize_triangles(screen, row_span, keep, bands, inverse_depth, owner):
                 )
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
 @no_type_check
 def interpolate(screen, attributes, inverse_depth, owner, out, depth):
     """Fill out (h, w, C) with the attributes (H, W, C) of the visible front faces, perspective-correct; and depth."""

@@ -134,8 +134,7 @@ def depth_from_disparity(
     # in double precision: float32 would cancel where scale and shift differ in sign
     inverse_depth = disparity.to(torch.float64, copy=True).mul_(scale).add_(shift)
     valid = (inverse_depth > 0) & (inverse_depth < float("inf"))
-    inverse_depth[~valid] = 1.0
-    depth = inverse_depth.clamp_(1 / far, 1 / near).reciprocal_()
+    depth = inverse_depth.masked_fill_(~valid, 1.0).clamp_(1 / far, 1 / near).reciprocal_()
     return Depth(depth.float(), valid, "relative", method)
 
 

@@ -65,16 +65,17 @@ def _warp_numba(
     rel_depth_tol: float,
 ) -> tuple[Float[Tensor, "h_a w_a 2"], Bool[Tensor, "h_a w_a"]]:
     """One pass in compiled code; ten times as fast as `_warp_torch` on one core."""
-    to_image = K_B.double().clone()
-    to_image[2] = torch.tensor([0.0, 0.0, 1.0])  # the third number is depth, whatever K's last row
-    rotation, translation = T_A_to_B[:3, :3].double(), T_A_to_B[:3, 3].double()
-    ray = to_image @ rotation @ torch.linalg.inv(K_A.double())
+    to_image, from_image, pose = (value.numpy().astype(np.float64) for value in (K_B, K_A, T_A_to_B))
+    to_image[2] = 0, 0, 1  # the third number is depth, whatever K's last row
+    ray = to_image @ pose[:3, :3] @ np.linalg.inv(from_image)
+    offset = to_image @ pose[:3, 3]
     warp = np.empty((*depth_A.shape, 2), np.float32)
     seen = np.empty(depth_A.shape, np.bool_)
-    arrays = (_array(depth_A), _array(valid_A), _array(ray.float()), _array((to_image @ translation).float()))
+    inverse_B = np.empty(depth_B.shape, np.float32)
     run_kernel(
-        _truth.warp_rows, *arrays, _array(depth_B), _array(valid_B), np.float32(rel_depth_tol), warp, seen
-    )
+        _truth.warp_rows, _array(depth_A), _array(valid_A), ray.astype(np.float32), offset.astype(np.float32),
+        _array(depth_B), _array(valid_B), np.float32(rel_depth_tol), inverse_B, warp, seen,
+    )  # fmt: skip
     return torch.from_numpy(warp), torch.from_numpy(seen)
 
 

@@ -13,8 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from l2m_viz.data.images import require_image, to_uint8
+from l2m_viz.data.images import require_image
 from l2m_viz.geometry import HW
+from l2m_viz.lifting import _planes
+from l2m_viz.parallel import run_kernel
 
 Range = tuple[float, float]
 _FAR_BELOW = np.float32(10)  # disparities of planes and surface are between -1 and 2
@@ -62,12 +64,8 @@ def random_planes_disparity(
     slopes = rng.uniform(-cfg.tilt, cfg.tilt, (2, num)).astype(np.float32)
     heights = np.where(lifted, rng.random(num, dtype=np.float32), -_FAR_BELOW)
     y, x = ((np.arange(side, dtype=np.float32) + 0.5) / side - 0.5 for side in hw)
-    planes = slopes[0].take(labels)
-    planes *= x
-    planes += slopes[1].take(labels) * y[:, None]
-    planes += heights.take(labels)
-    planes += 0.3 * smooth
-    disparity = np.maximum(planes, smooth, out=planes)
+    disparity = np.empty(hw, np.float32)
+    run_kernel(_planes.raise_planes, labels, heights, slopes, x, y, smooth, disparity)
     low, high = disparity.min(), disparity.max()
     farthest = rng.uniform(*cfg.farthest)
     disparity -= low
@@ -82,7 +80,7 @@ def _segments(photo: np.ndarray, num: int, side: int, rng: np.random.Generator) 
     scale = min(1.0, side / max(height, width))
     small_wh = max(2, round(width * scale)), max(2, round(height * scale))
     small = cv2.GaussianBlur(cv2.resize(photo, small_wh, interpolation=cv2.INTER_AREA), (0, 0), 1.0)
-    small = to_uint8(torch.from_numpy(small))  # the watershed wants bytes
+    small = cv2.convertScaleAbs(small, alpha=255)  # the watershed wants bytes
     seeds = np.zeros(small.shape[:2], np.int32)
     places = rng.choice(seeds.size, min(num, seeds.size), replace=False)
     seeds.flat[places] = np.arange(1, len(places) + 1)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians.reference import ScreenGaussians
-from l2m_viz.geometry import Camera, unproject
+from l2m_viz.geometry import Camera, normalized_grid, sample_image, unproject
 
 _MAX_POINTS = 60_000  # drawn at random; more do not look different in a figure of this size
+_DIMMED = 0.5  # a photo that is only there to say where things are
+_LIGHT = torch.tensor([1.0, 0.9, 0.1])
 Window = tuple[int, int, int, int]
 """Part of an image: left, top, right, bottom in pixels; right and bottom are outside."""
 
@@ -88,6 +90,19 @@ def _ellipses(conics: Float[Tensor, "n 3"]) -> tuple[Float[Tensor, "n 2"], Float
     precision, axes = torch.linalg.eigh(torch.stack([xx, xy, xy, yy], dim=-1).unflatten(-1, (2, 2)))
     angles = torch.rad2deg(torch.atan2(axes[:, 1, 0], axes[:, 0, 0]))
     return 2 * precision.rsqrt(), angles
+
+
+def spotlight(image: Float[Tensor, "h w 3"], weights: Float[Tensor, "rows cols"]) -> Float[Tensor, "h w 3"]:
+    """Dim an image and cast yellow light on it where coarse ``weights`` >= 0 are large; the largest is full light.
+
+    Raises:
+        L2MError: no weight is above 0.
+    """
+    largest = weights.max()
+    if not largest > 0:
+        raise L2MError("spotlight", expected="a weight above 0", got=f"at most {largest:g}")
+    share = sample_image(weights / largest, normalized_grid((image.shape[0], image.shape[1])))
+    return torch.lerp(_DIMMED * image, _LIGHT.to(image), share[..., None])
 
 
 def curves(

@@ -130,8 +130,8 @@ class Pair(Saved):
     @property
     def overlap(self) -> float:
         """The smaller one of the two covisible shares."""
-        shares = (mask.float().mean().item() for mask in (self.covisibility_A_to_B, self.covisibility_B_to_A))
-        return min(shares)
+        masks = self.covisibility_A_to_B, self.covisibility_B_to_A
+        return min(mask.count_nonzero().item() / mask.numel() for mask in masks)
 
 
 class NoPairError(L2MError):
