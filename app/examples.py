@@ -28,12 +28,11 @@ class Truth:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair of files, the matcher to try first, and the truth if there is one."""
+    """A pair of files, and the truth if there is one."""
 
     label: str
     path_A: Path
     path_B: Path
-    matcher: str
     digests: tuple[bytes, bytes]
     truth: Truth | None = None
 
@@ -55,16 +54,14 @@ def write_examples(folder: str | Path) -> list[Example]:
     for name, image in pictures.items():
         write_image(paths[name], image)
 
-    def example(label: str, name_A: str, name_B: str, matcher: str, truth: Truth | None = None) -> Example:
+    def example(label: str, name_A: str, name_B: str, truth: Truth | None = None) -> Example:
         digests = (_digest(pictures[name_A]), _digest(pictures[name_B]))
-        return Example(label, paths[name_A], paths[name_B], matcher, digests, truth)
+        return Example(label, paths[name_A], paths[name_B], digests, truth)
 
     return [
-        example(
-            "stereo pair, measured truth", "motorcycle_left", "motorcycle_right", "dis", _measured(stereo)
-        ),
-        example("turned by 12°, exact truth", "astronaut", "astronaut_turned", "sift", turned_truth),
-        example("two unrelated photos", "astronaut", "coffee", "dis"),
+        example("stereo pair, measured truth", "motorcycle_left", "motorcycle_right", _measured(stereo)),
+        example("turned by 12°, exact truth", "astronaut", "astronaut_turned", turned_truth),
+        example("two unrelated photos", "astronaut", "coffee"),
     ]
 
 

@@ -28,6 +28,7 @@ from l2m_viz.show import figures
 from l2m_viz.show.colors import colorize
 from l2m_viz.show.pair import NO_OVERLAP, blend, hatch_uncertain, legend_html, mark_point, match_lines
 
+DEFAULT_MATCHER = "l2m-tiny"  # the first that is there, if this copy of the package lacks its weights
 _WAITING = "Give two pictures, or click an example, then press **Match**."
 _CLICK = "Click anywhere on A: its match appears in B."
 
@@ -61,12 +62,13 @@ def pair_tab(examples: list[Example]) -> None:
         with gr.Column(scale=2, min_width=260):
             here = [info for info in list_matchers() if info.available]
             choices = [(f"{info.name}: {info.summary}", info.name) for info in here]
-            matcher = gr.Dropdown(choices, value=choices[0][1], label="Matcher", elem_id="matcher")
+            first = next((info.name for info in here if info.name == DEFAULT_MATCHER), here[0].name)
+            matcher = gr.Dropdown(choices, value=first, label="Matcher", elem_id="matcher")
             run = gr.Button("Match", variant="primary", elem_id="match")
             status = gr.Markdown(_WAITING, elem_id="status", min_height=60)
     labels = [example.label for example in examples]
-    rows = [[str(example.path_A), str(example.path_B), example.matcher] for example in examples]
-    gr.Examples(rows, [image_A, image_B, matcher], label="Examples", example_labels=labels)
+    rows = [[str(example.path_A), str(example.path_B)] for example in examples]
+    gr.Examples(rows, [image_A, image_B], label="Examples", example_labels=labels)
     with gr.Column(visible=False) as results, gr.Row():
         with gr.Column(scale=3, min_width=420):
             share, pictures = _pictures()

@@ -32,8 +32,9 @@ _ABOUT = """
 - **match.npz** holds `warp_A_to_B` (H, W, 2), the position in B of every pixel of A in [-1, 1] (x = 2 x_px / W - 1,
   `align_corners=False`), `certainty_A_to_B`, and both for B to A. Read it with `l2m_viz.Match.load`, or with NumPy
   (no pickles). **matches.csv** holds up to 5000 sampled matches in pixels.
-- **Certainty** is the matcher's own opinion: agreement of both directions for `dis`, distance to the nearest keypoint
-  for `sift`. Hatched places are below the threshold: B does not show them, or the matcher does not know.
+- **Certainty** is the matcher's own opinion: predicted by the network of `l2m-tiny`, agreement of both directions for
+  `dis`, distance to the nearest keypoint for `sift`. Hatched places are below the threshold: B does not show them, or
+  the matcher does not know.
 - PNG, JPEG, WebP, BMP, GIF, TIFF and PPM up to 50 MB and 50 million pixels. Browsers show no preview of TIFF.
 """
 

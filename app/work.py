@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.examples import Example, Truth, find_truth
 from l2m_viz.data import read_image, to_uint8
-from l2m_viz.errors import ImageError, L2MError
+from l2m_viz.errors import ImageError, L2MError, ShapeError
 from l2m_viz.evaluation import compare_with_truth, end_point_error
 from l2m_viz.geometry import normalized_grid, sample_warp
 from l2m_viz.matching import Match, Matcher, Matches, load_matcher
@@ -29,6 +29,7 @@ from l2m_viz.show.pair import PairView, match_numbers, view_pair
 from l2m_viz.show.report import Number
 
 MAX_PIXELS = 50_000_000  # of each picture: 48-megapixel phones pass, decoding stays below 1 GB
+_MIN_SIDE = 16  # px; less shows nothing that could be matched or drawn
 NUM_MATCHES = 5000  # rows of the CSV file
 NUM_LINES = 150  # drawn: more would hide the pictures
 ERROR_LIMIT_PX = 5.0  # end of the error map's colours
@@ -66,8 +67,9 @@ def match_files(
     tell(0.05, "reading the pictures")
     image_A, image_B = _read(path_A, "A"), _read(path_B, "B")
     tell(0.2, f"matching with {matcher}")
+    loaded = _loaded(matcher)
     start = time.perf_counter()
-    match = _loaded(matcher).match(image_A, image_B)
+    match = loaded.match(image_A, image_B)
     seconds = time.perf_counter() - start
     tell(0.8, "sampling and drawing")
     own = Path(folder) / uuid.uuid4().hex  # a name that another visitor cannot guess
@@ -116,10 +118,7 @@ def error_map(result: PairResult) -> Float[Tensor, "h w 3"] | None:
 
 def table(result: PairResult, min_certainty: float) -> str:
     """Numbers and sizes as a Markdown table."""
-    rows = [
-        (row.name, f"{_text(row.value)} {row.unit}".rstrip(), row.note)
-        for row in numbers(result, min_certainty)
-    ]
+    rows = [(row.name, _text(row), row.note) for row in numbers(result, min_certainty)]
     match = result.match
     rows += [
         (f"size of {name}", f"{hw[1]} x {hw[0]} px", "")
@@ -169,13 +168,21 @@ def _read(path: str | None, which: str) -> Float[Tensor, "h w 3"]:
         raise L2MError(
             f"image {which} is missing", expected="two pictures", todo=f"upload one as image {which}"
         )
+    name = f"image {which} ({Path(path).name})"
     try:
-        return read_image(path, max_pixels=MAX_PIXELS)
+        image = read_image(path, max_pixels=MAX_PIXELS)
     except ImageError as error:  # the upload's place on the server tells the user nothing
-        raise ImageError(str(error).replace(str(path), f"image {which} ({Path(path).name})")) from error
+        raise ImageError(str(error).replace(str(path), name)) from error
+    if min(image.shape[:2]) < _MIN_SIDE:
+        expected = f"at least {_MIN_SIDE}x{_MIN_SIDE} px"
+        got = f"{image.shape[1]}x{image.shape[0]} px"
+        raise ShapeError(name, expected=expected, got=got, todo="take a larger picture")
+    return image
 
 
-def _text(value: float | int) -> str:
-    if math.isnan(value):
+def _text(row: Number) -> str:
+    """Value and unit; a measure that has nothing to measure has neither."""
+    if math.isnan(row.value):
         return "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    value = f"{row.value:,}" if isinstance(row.value, int) else f"{row.value:.3g}"
+    return f"{value} {row.unit}".rstrip()

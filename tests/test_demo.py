@@ -34,6 +34,10 @@ def test_the_sample_reaches_the_measured_figures(result):
     assert numbers["lift_psnr_db"] >= 27.0
     assert numbers["lift_ssim"] >= 0.83
     assert numbers["splat_psnr_db"] >= numbers["lift_psnr_db"] - 0.5
+    assert numbers["l2m-tiny_epe_px"] < 1
+    assert numbers["l2m-tiny_pck5"] > 0.8
+    assert numbers["l2m-tiny_ap"] > 0.95
+    assert numbers["l2m-tiny_overlap"] > 0.6
     assert numbers["dis_epe_px"] < 0.5
     assert numbers["dis_pck3"] > 0.85
     assert numbers["dis_ap"] > 0.95
@@ -42,7 +46,10 @@ def test_the_sample_reaches_the_measured_figures(result):
 
 def test_the_report_holds_every_number_and_picture_and_fetches_nothing(result):
     text = result.report.read_text()
-    assert text.count("<img") >= 7
+    assert text.count("<img") >= 9
+    for name in ("l2m-tiny", "dis", "sift"):
+        assert f"{name}: B warped into A, its certainty, and the error" in text
+    assert text.index("l2m-tiny: B warped") < text.index("dis: B warped")  # the package's own comes first
     assert "data:image/webp" in text
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
     assert f"{result.numbers['lift_psnr_db']:.4g}" in text
@@ -54,7 +61,9 @@ def test_the_report_holds_every_number_and_picture_and_fetches_nothing(result):
 
 def test_the_files_load_again(result):
     folder = result.report.parent
-    assert Match.load(folder / "match_dis.npz").hw_A == (500, 741)
+    for name in ("l2m-tiny", "dis", "sift"):
+        found = Match.load(folder / f"match_{name}.npz")
+        assert (found.matcher, found.hw_A) == (name, (500, 741))
     assert LiftedScene.load(folder / "scene.npz").hw == (500, 741)
     assert Gaussians.load(folder / "gaussians.npz").features.shape[1] == 16
     with Image.open(folder / "orbit.webp") as orbit:
@@ -70,7 +79,8 @@ def test_own_photo_without_depth_says_that_it_guesses(tmp_path):
     assert "guess" in result.report.read_text()
     assert [share for share, _ in seen] == sorted(share for share, _ in seen)
     assert seen[-1][0] == 1.0
-    assert result.numbers["dis_epe_px"] < 3  # truth is exact here, and the view is near
+    for name in ("l2m-tiny", "dis"):
+        assert result.numbers[f"{name}_epe_px"] < 3  # truth is exact here, and the view is near
 
 
 def test_own_photo_with_depth_of_another_size(tmp_path):

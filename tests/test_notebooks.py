@@ -49,7 +49,8 @@ def imports(cell):
 
 
 def test_the_lessons_are_there():
-    assert {"01_lifting", "03_gaussians", "06_matching"} <= {path.stem for path in LESSONS}
+    expected = {"01_lifting", "02_pairs", "03_gaussians", "04_feature_lifting", "06_matching"}
+    assert expected <= {path.stem for path in LESSONS}
 
 
 @every_lesson

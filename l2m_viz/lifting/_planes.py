@@ -3,8 +3,6 @@
 `no_type_check` keeps the tests' jaxtyping hook from wrapping what numba compiles.
 """
 
-# ruff: noqa: ANN001, ANN202 (numba infers the types of each call)
-
 from typing import no_type_check
 
 import numba

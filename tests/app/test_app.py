@@ -94,14 +94,14 @@ def shifted(tmp_path_factory):
     return folder / "a.png", folder / "b.png"
 
 
-def match(client, path_A, path_B, matcher="dis"):
+def match(client, path_A, path_B, matcher="l2m-tiny"):
     files = [handle_file(path) if path else None for path in (path_A, path_B)]
     return dict(zip(OUTPUTS, client.predict(*files, matcher, 50, 0.5, api_name="/match"), strict=False))
 
 
 @pytest.fixture(scope="module")
 def answer(client, shifted):
-    return match(client, *shifted)
+    return match(client, *shifted, "dis")  # exact to a tenth of a pixel where things hardly move
 
 
 def rgb(path):
@@ -120,6 +120,39 @@ def test_npz_holds_the_known_shift(answer):
     assert error_px.median() < 0.1
     assert (error_px < 1).float().mean() > 0.95
     assert certainty.median() > 0.8
+
+
+def test_l2m_tiny_is_chosen_unless_the_visitor_chooses(client):
+    (matcher,) = (part["props"] for part in client.config["components"] if part["type"] == "dropdown")
+    assert matcher["value"] == pair.DEFAULT_MATCHER == "l2m-tiny"
+    assert [name for _, name in matcher["choices"]][:3] == ["l2m-tiny", "dis", "sift"]
+
+
+def stored(image, how):
+    """A picture as it may come, and where its pixels are in the original: p = offset + p' / scale."""
+    if how == "grey with alpha":
+        opaque = Image.new("L", image.size, 255)
+        opaque.paste(0, (0, 0, 30, 30))
+        return Image.merge("LA", (image.convert("L"), opaque)), (0, 0), 1
+    if how == "12 million pixels":
+        return image.resize((15 * image.width, 15 * image.height), Image.Resampling.BICUBIC), (0, 0), 15
+    return image.crop((50, 0, 210, image.height)), (50, 0), 1  # portrait; B is landscape
+
+
+@pytest.mark.parametrize("how", ["grey with alpha", "12 million pixels", "portrait"])
+def test_l2m_tiny_finds_the_known_shift_in_any_picture(client, shifted, tmp_path, how):
+    picture, offset, scale = stored(Image.open(shifted[0]), how)
+    picture.save(tmp_path / "a.png", compress_level=1)
+    answer = match(client, tmp_path / "a.png", shifted[1])
+    assert answer["status"].startswith("Overlap **0.")
+    found = Match.load(answer["npz"]["value"])
+    assert found.hw_A == (picture.height, picture.width)
+    inner = pixel_grid(HW_A)[30:-40:7, 80:-80:7]  # of the original, within all of the three
+    points_B, certainty = found.query((inner - torch.tensor(offset)) * scale)
+    error_px = (points_B - inner - torch.tensor(FLOW_PX)).norm(dim=-1)
+    assert error_px.median() < 1
+    assert (error_px < 3).float().mean() > 0.9
+    assert certainty.median() > 0.6
 
 
 def test_csv_holds_the_known_shift_in_pixels(answer):
@@ -151,16 +184,20 @@ def test_numbers_name_sizes_and_units(answer):
 def test_unrelated_photos_are_said_to_be_unrelated(client, tmp_path):
     for name in ("chelsea", "rocket"):
         write_image(tmp_path / f"{name}.png", load_sample(name).image_A[:250, :300])
-    for matcher in ("dis", "sift"):
-        status = match(client, tmp_path / "chelsea.png", tmp_path / "rocket.png", matcher)["status"]
-        assert "do not seem to show the same thing (overlap 0.0" in status
+    for matcher in ("l2m-tiny", "dis", "sift"):
+        answer = match(client, tmp_path / "chelsea.png", tmp_path / "rocket.png", matcher)
+        assert "do not seem to show the same thing (overlap 0.0" in answer["status"]
+        assert " none px" not in answer["table"]
 
 
-def test_example_shows_its_errors(client, tmp_path):
+@pytest.mark.parametrize(
+    ("matcher", "most_px"), [("l2m-tiny", 1), ("sift", 4)]
+)  # sift: off between keypoints
+def test_example_shows_its_errors(client, tmp_path, matcher, most_px):
     examples = write_examples(tmp_path)
-    table = match(client, examples[1].path_A, examples[1].path_B, "sift")["table"]
+    table = match(client, examples[1].path_A, examples[1].path_B, matcher)["table"]
     error_px = float(table.split("| end-point error | ")[1].split()[0])
-    assert error_px < 4  # sift moves each pixel like its nearest keypoint: some pixels off between them
+    assert error_px < most_px
     assert "| PCK@5 |" in table
 
 
@@ -240,7 +277,8 @@ BAD_FILES = {
     "text": ("photo.png", lambda: b"these are words, not pixels", "got text"),
     "empty": ("photo.png", lambda: b"", "got an empty file"),
     "bomb": ("photo.png", lambda: png_of_size(60000, 60000), "50 million pixels, got 60000x60000"),
-    "tiny": ("photo.png", lambda: png_bytes(8, 8), "at least 16x16 px, got 8x8 px"),
+    "one pixel": ("photo.png", lambda: png_bytes(1, 1), "at least 16x16 px, got 1x1 px"),
+    "strip": ("photo.png", lambda: png_bytes(400, 15), "at least 16x16 px, got 400x15 px"),
 }
 
 
@@ -257,7 +295,7 @@ def test_bad_file_is_explained(client, shifted, tmp_path, kind):
     with pytest.raises(AppError, match=message) as caught:
         match(client, shifted[0], tmp_path / name)
     assert "/tmp" not in str(caught.value)  # where the server keeps it is nobody's business
-    assert kind == "tiny" or "image B" in str(caught.value)
+    assert f"image B ({name})" in str(caught.value)
 
 
 def test_missing_image_is_explained(client, shifted):

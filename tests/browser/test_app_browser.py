@@ -106,6 +106,40 @@ def test_match_two_uploads_and_look(app, pair, tmp_path):
     check_layout(app)
 
 
+def choose_example(page, label):
+    page.get_by_text(label).click()
+    page.wait_for_function(
+        "document.querySelectorAll('#image_a img, #image_b img').length == 2", timeout=_WAIT_MS
+    )
+
+
+def test_the_default_matcher_tells_pairs_from_strangers(app):
+    """Click an example and press Match, nothing else: two views of one thing, then two photos of nothing alike."""
+    assert app.locator("#matcher input").input_value().startswith("l2m-tiny:")
+    choose_example(app, "stereo pair, measured truth")
+    press_match(app)
+    app.locator("#status").get_by_text(re.compile("^Overlap 0")).wait_for(timeout=_WAIT_MS)
+    assert number(app, "overlap") > 0.6
+    assert number(app, "end-point error") < 1
+    open_tab(app, "Maps")
+    certain = picture(app, "certainty")
+    open_tab(app, "Blend")
+    choose_example(app, "two unrelated photos")
+    app.locator("#blend").wait_for(state="hidden", timeout=_WAIT_MS)  # no old result beside new pictures
+    press_match(app)
+    for place in (app.get_by_test_id("toast-body"), app.locator("#status")):
+        place.get_by_text("do not seem to show the same thing (overlap 0.0").wait_for(timeout=_WAIT_MS)
+    assert number(app, "overlap") < 0.1
+    assert picture(app, "blend").std() > 0.1  # the photo still shows through the hatching
+    open_tab(app, "Maps")
+    doubtful = picture(app, "certainty")
+    dark = np.array([68, 1, 84]) / 255  # viridis at 0
+    assert np.abs(doubtful - dark).max(axis=-1).mean() < 0.05 < np.abs(certain - dark).max(axis=-1).mean()
+    warped = picture(app, "warped")
+    hatched = np.isclose(warped, 0.45, atol=0.005).all(-1) | np.isclose(warped, 0.55, atol=0.005).all(-1)
+    assert hatched.mean() > 0.95
+
+
 def choose_matcher(page, name):
     page.locator("#matcher input").click()
     page.get_by_role("option", name=re.compile(f"^{name}:")).click()
@@ -202,10 +236,7 @@ def check_layout(page):
 def test_a_text_file_is_refused_politely(app, tmp_path):
     fake = tmp_path / "fake.png"
     fake.write_text("no picture at all")
-    app.get_by_text("two unrelated photos").click()
-    app.wait_for_function(
-        "document.querySelectorAll('#image_a img, #image_b img').length == 2", timeout=_WAIT_MS
-    )
+    choose_example(app, "two unrelated photos")
     app.get_by_label("Remove image").last.click()
     with app.expect_response("**/upload*", timeout=_WAIT_MS):
         app.set_input_files("#image_b input[type=file]", fake)

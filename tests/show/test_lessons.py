@@ -11,7 +11,7 @@ from matplotlib.collections import EllipseCollection
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians.reference import ScreenGaussians
 from l2m_viz.geometry import Camera, intrinsics, rotation_from_axis_angle
-from l2m_viz.show.lessons import curves, discs, top_view
+from l2m_viz.show.lessons import curves, discs, spotlight, top_view
 
 
 def screen_of(covars2d, means2d, visible=None):
@@ -72,6 +72,28 @@ def test_discs_refuse_a_window_outside(window):
     screen = screen_of(torch.eye(2)[None], torch.tensor([[2.5, 2.5]]))
     with pytest.raises(L2MError, match="window inside 6x4"):
         discs(torch.zeros(4, 6, 3), screen, window)
+
+
+def test_spotlight_is_yellow_at_the_largest_weight_and_dim_elsewhere():
+    image = torch.rand(20, 36, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(5, 9)  # cells of 4x4 px
+    weights[1, 6] = 0.02
+    shown = spotlight(image, weights)
+    near = (
+        slice(5, 7),
+        slice(25, 27),
+    )  # half a pixel, an eighth of a cell, from the middle of cell (1, 6) either way
+    expected = torch.lerp(0.5 * image[near], torch.tensor([1.0, 0.9, 0.1]), 0.875**2)
+    torch.testing.assert_close(shown[near], expected)
+    away = torch.ones(20, 36, dtype=torch.bool)
+    away[0:12, 20:32] = False  # light falls off towards the middles of the next cells
+    assert torch.equal(shown[away], 0.5 * image[away])
+    torch.testing.assert_close(spotlight(image, 100 * weights), shown)  # only ratios count
+
+
+def test_spotlight_needs_light():
+    with pytest.raises(L2MError, match="a weight above 0"):
+        spotlight(torch.zeros(4, 6, 3), torch.zeros(2, 3))
 
 
 def test_curves():
