@@ -255,7 +255,7 @@ app.command(evaluation, name="eval", help="Judge matchers by pairs whose truth i
 @evaluation.command
 def dev(
     data: Path,
-    matcher: tuple[str, ...] = ("dis", "sift"),
+    matcher: tuple[str, ...] = ("l2m-tiny", "dis", "sift"),
     benchmark: tuple[DevBenchmark, ...] = DEV_BENCHMARKS,
     weights: Path | None = None,
     out: Path | None = None,

@@ -49,7 +49,7 @@ def imports(cell):
 
 
 def test_the_lessons_are_there():
-    expected = {"01_lifting", "02_pairs", "03_gaussians", "04_feature_lifting", "06_matching"}
+    expected = {"01_lifting", "02_pairs", "03_gaussians", "04_feature_lifting", "05_encoder", "06_matching"}
     assert expected <= {path.stem for path in LESSONS}
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SHIPPED = Shipped.named("l2m-tiny.safetensors")
 # Shorter sides in pixels of the two passes; the aspect is the image's own.
-TINY_RESOLUTION: HW = (384, 384)
-TINY_UPSAMPLE_RESOLUTION: HW | None = (480, 480)
+TINY_RESOLUTION: HW = (320, 320)
+TINY_UPSAMPLE_RESOLUTION: HW | None = (512, 512)
 
 
 def tiny_cfg() -> NetworkCfg:
