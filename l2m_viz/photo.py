@@ -14,7 +14,7 @@ from l2m_viz.gaussians import Gaussians, gaussians_from_depth
 from l2m_viz.geometry import HW, Camera, intrinsics, normalized_grid, sample_image
 from l2m_viz.lifting import Depth, LiftedScene, estimate_depth, lift, orbit_cameras, read_depth
 
-ENCODER = "l2m-tiny"  # whose features are shown; it ships with the package
+ENCODER = "dense-sift"  # whose features are shown
 NUM_FEATURES = 16  # PCA components of the descriptor that each Gaussian carries
 # Focal length over the long side of a photo without calibration: 61 degrees, a phone's main camera held either way. The
 # paper's sampler draws wider lenses for training pairs; for looking at a photo a usual lens is the better guess.

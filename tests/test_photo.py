@@ -19,7 +19,7 @@ def _made(kind="metric"):
 
 def test_features_are_coordinates_of_the_named_encoder_in_their_own_basis():
     image, gaussians, pca = _made()
-    assert gaussians.backbone == "l2m-tiny"
+    assert gaussians.backbone == "dense-sift"
     assert gaussians.pca is pca
     assert gaussians.features.shape == (48 * 72, NUM_FEATURES)
     cells = gaussians.pca.project(load_encoder(gaussians.backbone)(image))
@@ -34,5 +34,5 @@ def test_a_ply_of_them_says_so_too(tmp_path):
         _, gaussians, pca = _made(kind)
         write_ply(gaussians, tmp_path / "g.ply")
         read = read_ply(tmp_path / "g.ply")
-        assert (read.backbone, read.length_unit) == ("l2m-tiny", unit)
+        assert (read.backbone, read.length_unit) == ("dense-sift", unit)
         assert torch.equal(read.pca.components, pca.components)
