@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from l2m_viz.data.files import atomic_write, write_text
+from l2m_viz.encoders.weights import load_strict
 from l2m_viz.errors import FileFormatError, L2MError, MissingError
 
 if TYPE_CHECKING:
@@ -119,8 +120,12 @@ class TrainingRun:
         self.network: nn.Module = self.accelerator.prepare_model(model)
 
     def begin_from(self, state: dict[str, Tensor]) -> None:
-        """Take weights alone, as from a shipped file: model and average start there, and the rate warms up anew."""
-        self.model.load_state_dict(state)
+        """Take weights alone, as from a shipped file: model and average start there, and the rate warms up anew.
+
+        Raises:
+            FileFormatError: they are another network's; names the parameters.
+        """
+        load_strict(self.model, state, "the network that is trained")
         self.ema.module.load_state_dict(state)
         self.ema.n_averaged.fill_(1)
 
@@ -128,6 +133,18 @@ class TrainingRun:
     def is_main(self) -> bool:
         """Whether this process is the one that evaluates and writes."""
         return self.accelerator.is_main_process
+
+    def share(self, batch_size: int) -> int:
+        """This process's part of a batch.
+
+        Raises:
+            L2MError: the processes cannot share it evenly.
+        """
+        processes = self.accelerator.num_processes
+        if batch_size % processes:
+            expected = f"a batch that {processes} processes share evenly"
+            raise L2MError("training", expected=expected, got=str(batch_size))
+        return batch_size // processes
 
     def update(self, loss: Tensor) -> dict[str, float]:
         """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted.

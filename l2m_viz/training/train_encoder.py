@@ -131,7 +131,7 @@ def pretrain_encoder(
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     run = TrainingRun(out, model, cfg.run, asdict(cfg), accelerator)
     averaged: ConvPyramid = run.ema.module.encoder  # pyright: ignore[reportAssignmentType]
-    share = _share(cfg.batch_size, run)
+    share = run.share(cfg.batch_size)
     stream = iter(
         PairStream(
             photos,
@@ -204,7 +204,7 @@ def train_encoder(
     run = TrainingRun(out, student, cfg.run, settings, accelerator)
     if run.step == 0:
         run.begin_from(teacher.state_dict())
-    share, processes = _share(cfg.batch_size, run), accelerator.num_processes
+    share, processes = run.share(cfg.batch_size), accelerator.num_processes
     stream = iter(
         SceneStream(
             photos,
@@ -335,15 +335,6 @@ def _write(run: TrainingRun, averaged: nn.Module, meta: dict[str, str]) -> None:
         meta = meta | {"steps": str(run.step), "minutes": f"{run.trained_seconds / 60:.0f}"}
         small = isinstance(averaged, ConvPyramid)
         save_weights(run.folder / WEIGHTS, averaged.state_dict(), meta, eight_bit=small)
-
-
-def _share(batch_size: int, run: TrainingRun) -> int:
-    """This process's part of a batch."""
-    processes = run.accelerator.num_processes
-    if batch_size % processes:
-        expected = f"a batch that {processes} processes share evenly"
-        raise L2MError("stage 1", expected=expected, got=str(batch_size))
-    return batch_size // processes
 
 
 def _check_cells(cfg: EncoderTrainingCfg) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from l2m_viz.encoders.imagenet import normalize_imagenet
 from l2m_viz.encoders.weights import load_strict
-from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import average_precision
 from l2m_viz.geometry import HW
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
@@ -135,7 +134,7 @@ def train_matcher(
     run = TrainingRun(out, network, cfg.run, asdict(cfg), accelerator, {"encoder.": cfg.encoder_lr})
     if begin_from is not None and run.step == 0:
         run.begin_from(begin_from)
-    batches = _Batches(photos, cfg, run.step, accelerator.process_index, accelerator.num_processes)
+    batches = _Batches(photos, cfg, run)
     refined = max(1, round(cfg.refined * batches.pairs))
 
     def step(number: int) -> tuple[Tensor, dict[str, float]]:
@@ -169,17 +168,12 @@ def train_matcher(
 class _Batches:
     """This process's share of batch number n of the run: sizes take turns, each with a stream of its own."""
 
-    def __init__(
-        self, photos: Path, cfg: MatcherTrainingCfg, first_step: int, process: int = 0, processes: int = 1
-    ) -> None:
-        if cfg.batch_size % processes:
-            expected = f"a batch that {processes} processes share evenly"
-            raise L2MError("train_matcher", expected=expected, got=f"{cfg.batch_size} pairs")
+    def __init__(self, photos: Path, cfg: MatcherTrainingCfg, run: TrainingRun) -> None:
         self._cfg, self._photos = cfg, photos
-        self.pairs = cfg.batch_size // processes
-        self._offset = process * self.pairs
+        self.pairs = run.share(cfg.batch_size)
+        self._offset = run.accelerator.process_index * self.pairs
         self._streams: list[Iterator[PairBatch]] = [
-            iter(self._stream(turn, self._turns_before(first_step, turn))) for turn in range(len(cfg.sizes))
+            iter(self._stream(turn, self._turns_before(run.step, turn))) for turn in range(len(cfg.sizes))
         ]
 
     def next(self, step: int) -> PairBatch:

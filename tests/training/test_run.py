@@ -134,6 +134,11 @@ def test_parameters_learn_at_their_own_rates(tmp_path):
     assert moved["0.weight"] == pytest.approx(0.25 * rate, rel=0.02)
 
 
+def test_weights_of_another_network_are_refused_by_name(tmp_path):
+    with pytest.raises(FileFormatError, match=r"1 missing \(0\.bias\)"):
+        _begin(tmp_path).begin_from({k: v for k, v in _model().state_dict().items() if k != "0.bias"})
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     _begin(tmp_path).save()
     data = (tmp_path / "checkpoint.pt").read_bytes()
