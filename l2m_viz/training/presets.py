@@ -11,6 +11,7 @@ from l2m_viz.matching.network import official_cfg
 from l2m_viz.matching.tiny import base_cfg, tiny_cfg
 from l2m_viz.training.losses import MatcherLossCfg
 from l2m_viz.training.pairs import PairCfg
+from l2m_viz.training.rims import RimCfg
 from l2m_viz.training.run import RunCfg
 from l2m_viz.training.scenes import SceneCfg
 from l2m_viz.training.stage_1 import StageOneCfg
@@ -30,6 +31,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
             p_roll=0.3,
             views=ViewSamplerCfg(roll_deg=(0.0, 30.0)),
         ),
+        rims=RimCfg(share=0.2),
         # A share of 0.01, RoMa's, is for networks that train for millions of pairs.
         loss=MatcherLossCfg(certainty_weight=0.05),
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=4000),
@@ -65,6 +67,7 @@ def official_matcher() -> MatcherTrainingCfg:
         name="l2m-official",
         run=RunCfg(steps=250_000, lr=4e-4, warmup_steps=1000, cooldown=0.1, max_grad_norm=0.01),
         pairs=tiny_matcher().pairs,
+        rims=tiny_matcher().rims,
         loss=MatcherLossCfg(soft_anchors=False),
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=20_000),
         batch_size=32,

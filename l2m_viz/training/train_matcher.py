@@ -19,6 +19,7 @@ from l2m_viz.matching.tiny import save_weights
 from l2m_viz.training.augment import AugmentCfg, augment
 from l2m_viz.training.losses import MatcherLossCfg, StageLoss, matcher_losses, reduce_losses
 from l2m_viz.training.pairs import PairCfg
+from l2m_viz.training.rims import RimCfg, with_rims
 from l2m_viz.training.run import RunCfg, TrainingRun, run_loop, start_accelerator
 from l2m_viz.training.stream import PairBatch, PairStream
 
@@ -49,6 +50,7 @@ class MatcherTrainingCfg:
     name: str = "l2m-tiny"
     run: RunCfg = field(default_factory=RunCfg)
     pairs: PairCfg = field(default_factory=lambda: PairCfg(holes="background"))
+    rims: RimCfg = field(default_factory=RimCfg)
     augment: AugmentCfg = field(default_factory=AugmentCfg)
     loss: MatcherLossCfg = field(default_factory=MatcherLossCfg)
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -141,7 +143,7 @@ def train_matcher(
         network.train()
         for part in frozen:
             part.eval()
-        batch = batches.next(number)
+        batch = with_rims(batches.next(number), cfg.rims)
         image_A, image_B = _images(batch, cfg, device)
         batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
         with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
