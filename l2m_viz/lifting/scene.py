@@ -92,6 +92,26 @@ class LiftedScene(Saved):
             inpainted_mask=torch.zeros_like(self.valid_mask),
         )
 
+    def crop(self, top: int, left: int, hw: HW) -> "LiftedScene":
+        """Return the part of the photo that a window of it shows, in the same world and, but for its border, mesh.
+
+        Raises:
+            ShapeError: the window is smaller than 2x2 or leaves the photo.
+        """
+        bottom, right = top + hw[0], left + hw[1]
+        if min(hw) < 2 or min(top, left) < 0 or bottom > self.hw[0] or right > self.hw[1]:
+            expected = f"at least 2x2 px inside {self.hw[0]}x{self.hw[1]}"
+            got = f"rows {top} to {bottom}, columns {left} to {right}"
+            raise ShapeError("LiftedScene.crop", expected=expected, got=got)
+        window = slice(top, bottom), slice(left, right)
+        K = self.K.clone()
+        K[:2, 2] -= torch.tensor([left, top], dtype=K.dtype)
+        quads = slice(top, bottom - 1), slice(left, right - 1)
+        image, depth, valid, cut = (
+            value[window].contiguous() for value in (self.image, self.depth, self.valid_mask, self.cut_mask)
+        )
+        return LiftedScene(image, depth, valid, K, self.triangle_mask[quads].contiguous(), cut)
+
     def render(self, camera: Camera) -> View:
         """Render colour, depth and holes with a z-buffer, perspective-correct.
 

@@ -52,6 +52,10 @@ class PairCfg:
     p_roll: float = 1.0
     # Side of the crop over the largest crop of the right shape.
     crop: Range = (0.6, 1.0)
+    # Share of the pairs whose first view is a window of the lifted photo, so that the second also sees what lies beside
+    # it, as a second photo of a place does; and the lifted part's side over the window's.
+    p_surround: float = 0.0
+    surround: Range = (1.2, 1.8)
     # How the sky is found and left out, see `sky_mask`; None leaves it in.
     sky: str | None = None
     # How holes are filled, see `fill_holes`; "background" needs another photo.
@@ -75,10 +79,13 @@ class PairCfg:
             raise L2MError("PairCfg difficulty", expected="a number >= 0", got=f"{self.difficulty:g}")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise L2MError("PairCfg crop", expected="0 < low <= high <= 1", got=str(self.crop))
+        if not 1 <= self.surround[0] <= self.surround[1] <= 4:
+            got = str(self.surround)
+            raise L2MError("PairCfg surround", expected="1 <= low <= high <= 4", got=got)
         if self.holes not in FILL_METHODS:
             expected = "one of " + ", ".join(f'"{name}"' for name in FILL_METHODS)
             raise L2MError("PairCfg holes", expected=expected, got=repr(self.holes))
-        for name in ("p_roll", "p_fill", "p_relight", "p_relight_apart"):
+        for name in ("p_roll", "p_surround", "p_fill", "p_relight", "p_relight_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 got = f"{getattr(self, name):g}"
                 raise L2MError(f"PairCfg {name}", expected="a probability, 0 to 1", got=got)
@@ -147,7 +154,8 @@ def read_photo(path: str | Path, cfg: PairCfg | None = None) -> Float[Tensor, "h
         ImageError: no such file, or not a readable picture.
     """
     cfg, path = cfg or PairCfg(), Path(path)
-    side = math.ceil(max(cfg.hw) / cfg.crop[0])  # of both sides: EXIF may turn the picture
+    lifted = max(cfg.hw) * (cfg.surround[1] if cfg.p_surround > 0 else 1)
+    side = math.ceil(lifted / cfg.crop[0])  # of both sides: EXIF may turn the picture
     try:
         if path.is_file():
             with JpegImageFile(path) as picture:
@@ -188,13 +196,8 @@ def make_pair(
     if seed is None:
         seed = int(torch.randint(0, 2**62, (), generator=generator))
     draw = torch.Generator().manual_seed(seed)
-    photo = _random_crop(image, cfg, draw)
-    K = sample_intrinsics(cfg.hw, cfg.views, draw)
-    try:
-        scene = lift_photo(photo, K, cfg.depth, cfg.sky, draw)
-    except NothingButSkyError as error:
-        raise NoPairError(f"make_pair: {error}") from error
-    pair, view = _overlapping(scene, cfg, seed, draw)
+    whole, scene = _lifted(image, cfg, draw)
+    pair, view = _overlapping(whole, scene, cfg, seed, draw)
     image_A, view = _relit(scene, view, cfg, draw)
     filled = _happens(cfg.p_fill, draw)
     view = fill_holes(view, cfg.holes, background=background, generator=draw) if filled else view
@@ -227,13 +230,41 @@ def _happens(probability: float, draw: torch.Generator) -> bool:
     return torch.rand((), generator=draw).item() < probability
 
 
-def _overlapping(scene: LiftedScene, cfg: PairCfg, seed: int, draw: torch.Generator) -> tuple[Pair, View]:
-    """Draw cameras until one sees enough of what the photo shows."""
+def _lifted(image: Tensor, cfg: PairCfg, draw: torch.Generator) -> tuple[LiftedScene, LiftedScene]:
+    """Lift a part of the photo; return it, and the window of it that is the first view (often all of it)."""
+    hw, top, left = _surrounding(cfg, draw)
+    photo = _random_crop(image, replace(cfg, hw=hw), draw)
+    K = sample_intrinsics(cfg.hw, cfg.views, draw)  # of the window, whose middle is the principal point
+    K[:2, 2] += torch.tensor([left, top], dtype=K.dtype)
+    try:
+        whole = lift_photo(photo, K, cfg.depth, cfg.sky, draw)
+    except NothingButSkyError as error:
+        raise NoPairError(f"make_pair: {error}") from error
+    scene = whole.crop(top, left, cfg.hw) if hw != cfg.hw else whole
+    if not scene.valid_mask.any():
+        raise NoPairError("make_pair", expected="a first view with a pixel that is not sky", got="none")
+    return whole, scene
+
+
+def _surrounding(cfg: PairCfg, draw: torch.Generator) -> tuple[HW, int, int]:
+    """Size of what is lifted, and where the first view is in it, all in pixels of that view."""
+    if cfg.p_surround == 0 or not _happens(cfg.p_surround, draw):
+        return cfg.hw, 0, 0
+    share, x, y = torch.rand(3, generator=draw).tolist()
+    factor = cfg.surround[0] + (cfg.surround[1] - cfg.surround[0]) * share
+    height, width = (round(side * factor) for side in cfg.hw)
+    return (height, width), round(y * (height - cfg.hw[0])), round(x * (width - cfg.hw[1]))
+
+
+def _overlapping(
+    whole: LiftedScene, scene: LiftedScene, cfg: PairCfg, seed: int, draw: torch.Generator
+) -> tuple[Pair, View]:
+    """Draw cameras until one sees enough of what the first view shows."""
     roll_deg = cfg.views.roll_deg if _happens(cfg.p_roll, draw) else (0.0, 0.0)
     views, difficulty, overlap = replace(cfg.views, roll_deg=roll_deg), cfg.difficulty, 0.0
     for _ in range(_MAX_TRIES):
         (camera,) = sample_cameras(scene, 1, scaled(views, difficulty), draw)
-        view = scene.render(camera)
+        view = whole.render(camera)
         pair = _with_truth(scene, view, cfg, seed)
         overlap = pair.overlap
         if overlap >= cfg.min_overlap:

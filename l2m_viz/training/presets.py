@@ -29,6 +29,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
             p_fill=0.85,
             p_relight=0.2,
             p_roll=0.3,
+            p_surround=0.5,
             views=ViewSamplerCfg(roll_deg=(0.0, 30.0)),
         ),
         rims=RimCfg(share=0.2),

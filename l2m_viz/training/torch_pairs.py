@@ -157,9 +157,10 @@ def _generators(photos: Sequence[Tensor] | Tensor, cfg: PairCfg, seeds: Tensor) 
     if len(photos) == 0 or seeds.shape != (len(photos),):
         got = f"{len(photos)} photos, seeds {tuple(seeds.shape)}"
         raise ShapeError("make_pairs_batch", expected="a photo or more, one seed for each", got=got)
-    if cfg.depth not in DEPTH_METHODS or cfg.sky is not None:
-        expected = f"depth one of {', '.join(DEPTH_METHODS)}, and no sky"
-        got, todo = f"depth {cfg.depth}, sky {cfg.sky}", "use make_pair, or lift and call pairs_from_scenes"
+    if cfg.depth not in DEPTH_METHODS or cfg.sky is not None or cfg.p_surround > 0:
+        expected = f"depth one of {', '.join(DEPTH_METHODS)}, no sky and p_surround 0"
+        got = f"depth {cfg.depth}, sky {cfg.sky}, p_surround {cfg.p_surround:g}"
+        todo = "use make_pair, or lift and call pairs_from_scenes"
         raise L2MError("make_pairs_batch", expected=expected, got=got, todo=todo)
     for photo in photos:
         if photo.device.type == "cpu":

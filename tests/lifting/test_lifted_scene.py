@@ -9,7 +9,14 @@ import torch
 from l2m_viz.data import load_sample
 from l2m_viz.errors import L2MError, ShapeError
 from l2m_viz.evaluation import psnr
-from l2m_viz.geometry import Camera, intrinsics, look_at, pose_from_rotation, rotation_from_axis_angle
+from l2m_viz.geometry import (
+    Camera,
+    intrinsics,
+    look_at,
+    pose_from_rotation,
+    rotation_from_axis_angle,
+    unproject_depth,
+)
 from l2m_viz.geometry.scenes import AnalyticScene, Plane, fronto_parallel_plane, slanted_plane, two_planes
 from l2m_viz.lifting import Depth, LiftedScene, MeshCfg, lift
 
@@ -34,6 +41,26 @@ def test_from_its_own_camera_the_scene_is_the_photo():
     torch.testing.assert_close(view.image[drawn], scene.image[drawn], atol=1e-4, rtol=0)
     torch.testing.assert_close(view.depth[drawn], scene.depth[drawn], atol=1e-4, rtol=0)
     assert drawn[~scene.cut_mask].all()
+
+
+def test_a_window_is_the_same_world_seen_through_a_smaller_frame():
+    scene = _lifted(two_planes())
+    window = scene.crop(10, 25, (30, 40))
+    points = unproject_depth(window.depth, window.K)
+    torch.testing.assert_close(points, unproject_depth(scene.depth, scene.K)[10:40, 25:65])
+    whole, part = scene.render(_camera(0.3, -0.15)), window.render(_camera(0.3, -0.15))
+    inside = ~part.hole_mask & ~whole.hole_mask
+    assert 0.1 < inside.float().mean() < 0.4
+    # what hides a surface may lie outside the window; nothing else differs
+    same = (whole.depth - part.depth).abs() < 1e-4
+    assert (whole.depth <= part.depth + 1e-4)[inside].all() and same[inside].float().mean() > 0.9
+    torch.testing.assert_close(whole.image[inside & same], part.image[inside & same], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [(-1, 0, (9, 9)), (0, 0, (1, 9)), (52, 0, (9, 9)), (0, 72, (9, 9))])
+def test_a_window_that_leaves_the_photo_is_refused(window):
+    with pytest.raises(ShapeError, match=r"LiftedScene\.crop: expected at least 2x2 px inside 60x80"):
+        _lifted(two_planes()).crop(*window)
 
 
 @pytest.mark.parametrize("make", [fronto_parallel_plane, slanted_plane])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import cv2
 import PIL.Image
 import pytest
 import torch
@@ -29,9 +30,14 @@ def photo():
     return load_sample("coffee").image_A
 
 
-@pytest.fixture(scope="module", params=range(3))
+@pytest.fixture(
+    scope="module",
+    params=[(seed, p_surround) for p_surround in (0.0, 1.0) for seed in range(3)],
+    ids=lambda param: f"seed {param[0]}" + ", surrounded" * int(param[1]),
+)
 def pair(photo, request):
-    return make_pair(photo, PairCfg(hw=HW, difficulty=0.7), seed=request.param)
+    seed, p_surround = request.param
+    return make_pair(photo, PairCfg(hw=HW, difficulty=0.7, p_surround=p_surround), seed=seed)
 
 
 def test_the_warp_is_the_projection_of_the_depth(pair):
@@ -66,6 +72,37 @@ def test_holes_and_what_is_unknown_are_never_covisible(pair):
         pair.covisibility_A_to_B
     ]
     assert landed.mean() < 0.01  # bilinear depth may vouch for a point whose nearest sample is a hole
+
+
+def test_surrounded_the_second_view_sees_beyond_the_first(photo):
+    """Without, all that B shows is from A, so it lands inside A again; beyond is what A does not show."""
+
+    def beyond(seed, p_surround):
+        sideways = ViewSamplerCfg(
+            dolly=(0.0, 0.0)
+        )  # going forward, a camera would see less of the scene, not more
+        cfg = PairCfg(hw=HW, depth="flat", views=sideways, p_surround=p_surround)
+        pair = make_pair(photo, cfg, seed=seed)
+        outside = (pair.warp_B_to_A.abs() > 1 + 1 / HW[0]).any(dim=-1) & pair.valid_B
+        assert not (outside & pair.covisibility_B_to_A).any()
+        return outside.float().mean()
+
+    assert all(beyond(seed, 0.0) == 0 for seed in range(4))
+    assert (
+        max(beyond(seed, 1.0) for seed in range(4)) > 0.15
+    )  # a camera that goes forward sees less, not more
+
+
+def test_surrounded_the_first_view_is_an_upright_window_of_the_photo(photo):
+    pair = make_pair(photo, PairCfg(hw=HW, p_surround=1.0, crop=(1.0, 1.0), surround=(2.0, 2.0)), seed=4)
+    height, width = photo.shape[:2]
+    scale = 2 * max(
+        HW[0] / height, HW[1] / width
+    )  # the largest crop of the right shape becomes two views wide
+    small = resize_image(photo, (round(height * scale), round(width * scale)))
+    found = cv2.matchTemplate(small.numpy(), pair.image_A.numpy(), cv2.TM_CCOEFF_NORMED)
+    assert found.max() > 0.98
+    assert pair.K_A[0, 2] == HW[1] / 2 and pair.K_A[1, 2] == HW[0] / 2
 
 
 def test_a_seed_makes_the_same_pair_again(photo, tmp_path):
