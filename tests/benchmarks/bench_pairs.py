@@ -30,9 +30,6 @@ def _one_core() -> Iterator[None]:
     torch.set_num_threads(threads[0])
 
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # type checks are the tests', not a user's
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
