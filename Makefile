@@ -26,8 +26,9 @@ env:  ## create .venv, or bring it up to date; does nothing when it is
 demo: env  ## lift, splat and match the embedded sample, and write a report
 	$(BIN)/l2m demo $(ARGS)
 
+# Half of the time tests wait, for a browser, a server or a kernel: all of them run in two processes, some (ARGS) in one.
 test: env  ## run the tests (ARGS="-k name" for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist worksteal)
 
 app: env  ## start the Gradio app
 	$(BIN)/python -m app $(ARGS)

@@ -8,20 +8,19 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import tyro
 import viser
 from torch import Tensor
 
 from l2m_viz.data import read_image, to_uint8
-from l2m_viz.encoders import FeaturePCA
 from l2m_viz.errors import L2MError
 from l2m_viz.gaussians import Gaussians, Picked, feature_similarity, pick
 from l2m_viz.geometry import Camera
 from l2m_viz.lifting import NEAR
-from l2m_viz.photo import PhotoCfg, feature_gaussians, lift_photo
+from l2m_viz.photo import PhotoCfg, comparable_gaussians, lift_photo
 from l2m_viz.show import scene as scenes
 from l2m_viz.show.figures import compositing_table, to_png
 from l2m_viz.show.scene import ColorMode, NovelView, Pictures
@@ -39,6 +38,7 @@ _MODES: dict[str, ColorMode] = {
     "depth": "depth",
     "similarity": "similarity",
 }
+_ENCODERS = ("l2m-tiny", "l2m-tiny-2d", "dense-sift")  # to compare, beside the one that was asked for
 _NOTHING_PICKED = "Click on the scene: which Gaussians make that pixel, and what else looks like it?"
 _EMPTY_CLICK = "Nothing there: no Gaussian reaches that pixel. What was picked before stays."
 _TABLE_INCHES = (4.0, 2.1)
@@ -62,14 +62,27 @@ class ViewerCfg(PhotoCfg):
 
 @dataclass(frozen=True)
 class Shown:
-    """A lifted photo, ready for the viewer; the first of ``pictures`` is the photo itself."""
+    """A lifted photo, ready for the viewer.
+
+    Attributes:
+        title: What it is.
+        told_by: By encoder, the Gaussians with its features and their PCA basis, which encoders of one width share; but
+            for these all are the same.
+        pictures: What cameras see; the first one is the photo itself.
+        length_unit: Unit of depth.
+        near: Nearest drawn depth, in scene units.
+    """
 
     title: str
-    gaussians: Gaussians
-    pca: FeaturePCA
+    told_by: Mapping[str, Gaussians]
     pictures: Pictures
     length_unit: str
     near: float
+
+    @property
+    def gaussians(self) -> Gaussians:
+        """Those with the features of the first encoder."""
+        return next(iter(self.told_by.values()))
 
     @property
     def camera(self) -> Camera:
@@ -86,12 +99,15 @@ def load(cfg: ViewerCfg) -> Shown:
     photo = lift_photo(cfg)
     scene, depth = photo.scene, photo.depth
     image_B = scene.render(photo.camera_B).image if photo.image_B is None else photo.image_B
-    gaussians, pca = feature_gaussians(scene.image, depth, scene.K)
+    told_by = comparable_gaussians(
+        scene.image, depth, scene.K, list(dict.fromkeys([cfg.encoder, *_ENCODERS]))
+    )
     unit = "m" if depth.kind == "metric" else "(relative)"
     near, far = (value.item() for value in depth.depth[depth.valid_mask].aminmax())
-    title = f"**{photo.title}**: {len(gaussians):,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
+    num = len(told_by[cfg.encoder])
+    title = f"**{photo.title}**: {num:,} Gaussians, depth {near:.2f} to {far:.2f} {unit}, {depth.method}"
     pictures = {"A": (scene.camera, scene.image), "B": (photo.camera_B, image_B)}
-    return Shown(title, gaussians, pca, pictures, unit, near=NEAR * scene.unit)
+    return Shown(title, told_by, pictures, unit, near=NEAR * scene.unit)
 
 
 class Painter(threading.Thread):
@@ -139,7 +155,8 @@ class Visitor:
             client, shown.gaussians, pictures=shown.pictures, max_gaussians=max_splats
         )
         self._complaint = ""
-        self._similarity: Tensor | None = None  # of each Gaussian to what was picked last
+        self._picked: Picked | None = None  # last
+        self._similarity: Tensor | None = None  # of each Gaussian to it
         self._turn = threading.Lock()  # viser calls from many threads: the last value must win
         self._painter = Painter(self._paint, self._complain)
         self._add_display_controls()
@@ -171,6 +188,9 @@ class Visitor:
         gui.add_markdown(self.shown.title)
         self._colors = gui.add_dropdown("Colours", tuple(_MODES), hint="Of the splats and of our view")
         self._colors.on_update(lambda _: self._recolor())
+        hint = "l2m-tiny is 3D-aware, l2m-tiny-2d is not; both are shown in one PCA basis"
+        self._encoder = gui.add_dropdown("Features of", tuple(self.shown.told_by), hint=hint)
+        self._encoder.on_update(lambda _: self._ask_encoder())
         hint = "Times the true size; display only"
         self._size = gui.add_slider("Splat size", 1.0, 4.0, 0.2, scenes.DISPLAY_SIZE, hint=hint)
         self._size.on_update(lambda _: self._resize())
@@ -206,15 +226,16 @@ class Visitor:
         """Take apart the clicked pixel of our rasterizer's picture, and show what else has its feature."""
         if not self._picking.value:
             return
-        shown, gaussians = self.shown, self.shown.gaussians
+        shown = self.shown
         with self._turn:
+            gaussians = self._gaussians()
             seen = ViewerCamera.of(self.client.camera)
             camera = camera_from_viewer(seen, self.scene.units, _FULL_PX)
             picked = pick(gaussians, camera, point_of_ray(camera, event.ray_direction), near=shown.near)
             if picked.strongest is None or picked.feature is None:
                 self._pick_text.content = _EMPTY_CLICK
                 return
-            self._similarity = feature_similarity(gaussians, picked.feature)
+            self._picked, self._similarity = picked, feature_similarity(gaussians, picked.feature)
             place = gaussians.means[picked.strongest]
             to_eye = camera.center - place
             self.scene.mark(
@@ -232,6 +253,23 @@ class Visitor:
         else:
             self._colors.value = "similarity"  # which calls _recolor
 
+    def _gaussians(self) -> Gaussians:
+        """With the features of the encoder that is chosen."""
+        return self.shown.told_by[self._encoder.value]
+
+    def _ask_encoder(self) -> None:
+        """Show the features of another encoder, or what it says is like that which was picked."""
+        with self._turn:
+            gaussians = self._gaussians()
+            if self._picked is not None and gaussians.features is not None:
+                picked = replace(self._picked, features=gaussians.features[self._picked.indices])
+                assert picked.feature is not None
+                self._similarity = feature_similarity(gaussians, picked.feature)
+        if self._mode() in ("features", "similarity"):
+            self._recolor()
+        else:
+            self._colors.value = "features (PCA)"  # which calls _recolor
+
     def _mode(self) -> ColorMode:
         """What colours mean now: before anything is picked, "similarity" means nothing."""
         mode = _MODES[self._colors.value]
@@ -240,8 +278,9 @@ class Visitor:
     def _recolor(self) -> None:
         shown = self.shown
         with self._turn:
+            gaussians = self._gaussians()
             colors = scenes.gaussian_colors(
-                shown.gaussians, self._mode(), shown.pca, shown.camera, self._similarity
+                gaussians, self._mode(), gaussians.pca, shown.camera, self._similarity
             )
             self.scene.set_colors(colors)
         self._painter.ask()
@@ -263,11 +302,9 @@ class Visitor:
         seen = ViewerCamera.of(eye)
         self.scene.see_from(camera_from_viewer(seen, units, max(eye.image_width, eye.image_height, 1)))
         camera = camera_from_viewer(seen, units, long_side)
-        mode, similarity = self._mode(), self._similarity
+        gaussians, mode, similarity = self._gaussians(), self._mode(), self._similarity
         start = time.perf_counter()
-        view = scenes.novel_view(
-            self.shown.gaussians, camera, mode, self.shown.pca, self.shown.near, similarity
-        )
+        view = scenes.novel_view(gaussians, camera, mode, gaussians.pca, self.shown.near, similarity)
         milliseconds = 1000 * (time.perf_counter() - start)
         image = to_uint8(view.image)
         self._picture.image = image

@@ -33,7 +33,7 @@ from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_t
 from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
 from l2m_viz.matching.weights import published_encoder, save_official
-from l2m_viz.photo import PhotoCfg
+from l2m_viz.photo import ENCODER, PhotoCfg
 from l2m_viz.show.evaluation import Sheets
 from l2m_viz.show.features import compare_encoders
 from l2m_viz.show.figures import to_png
@@ -91,6 +91,7 @@ def lift(
     depth_kind: Literal["depth", "disparity"] = "depth",
     depth_scale: float = 1.0,
     max_side: int = 800,
+    encoder: str = ENCODER,
     out: Path = Path("outputs/lift"),
     views: int = 4,
     seed: int = 0,
@@ -103,12 +104,18 @@ def lift(
         depth_kind: "disparity" if the depth file holds inverse depth up to scale and shift.
         depth_scale: Factor on the numbers of the depth file, 0.001 for millimetres.
         max_side: Larger photos are reduced to this long side in pixels.
+        encoder: Whose features the Gaussians carry: "l2m-tiny" (3D-aware), "l2m-tiny-2d", "dense-sift" and others.
         out: Folder for the files.
         views: Number of random new cameras, drawn from the paper's ranges.
         seed: Seed of the random cameras.
     """
     cfg = PhotoCfg(
-        image=image, depth=depth, depth_kind=depth_kind, depth_scale=depth_scale, max_side=max_side
+        image=image,
+        depth=depth,
+        depth_kind=depth_kind,
+        depth_scale=depth_scale,
+        max_side=max_side,
+        encoder=encoder,
     )
     for line in lift_to_folder(cfg, out, views, seed):
         print(line)

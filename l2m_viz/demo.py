@@ -23,11 +23,11 @@ from l2m_viz.data import atomic_write, remove_file, to_uint8, write_image, write
 from l2m_viz.encoders import FeaturePCA, load_encoder
 from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import compare_with_truth, end_point_error, psnr, ssim
-from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
+from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, Render, rasterize
 from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image, sample_warp
 from l2m_viz.lifting import NEAR, LiftedScene, View, orbit_cameras, warp_from_depth
 from l2m_viz.matching import Match, load_matcher
-from l2m_viz.photo import ENCODER, NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
+from l2m_viz.photo import NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 from l2m_viz.show.report import Number, Picture, Section, write_report
@@ -150,9 +150,8 @@ def _lift_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
 def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
     """Turn the photo into Gaussians with features; splat them into camera B and along an orbit."""
     scene = photo.scene
-    gaussians, pca = feature_gaussians(scene.image, photo.depth, scene.K)
+    gaussians, pca = feature_gaussians(scene.image, photo.depth, scene.K, cfg.encoder)
     render = rasterize(gaussians, photo.camera_B, near=NEAR * scene.unit)
-    assert render.features is not None
     drawn = render.alpha > HOLE_ALPHA
     numbers = {"num_gaussians": float(len(gaussians))}
     shown = [Number("Gaussians", len(gaussians)), Number("feature channels", NUM_FEATURES)]
@@ -164,11 +163,12 @@ def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
         Panel("splatted colour", render.color, mask=drawn),
         Panel("splatted depth", render.depth, "depth", drawn, f"depth ({photo.length_unit})"),
         Panel("alpha", render.alpha, "certainty", label="accumulated opacity"),
-        Panel("features of photo A (PCA)", _photo_feature_colors(scene.image, pca)),
-        Panel("splatted features (same PCA)", pca.colors(render.features), mask=drawn),
+        Panel("features of photo A (PCA)", _photo_feature_colors(scene.image, cfg.encoder, pca)),
+        Panel("splatted features (same PCA)", _splatted_feature_colors(render, pca), mask=drawn),
     ]
     caption = (
-        "The Gaussians from camera B. Equal colour means equal feature in the photo and in 3D: one PCA basis."
+        f"The Gaussians from camera B, with features of {cfg.encoder}. Equal colour means equal feature in the photo"
+        " and in 3D: one PCA basis."
     )
     still = _picture(cfg, "splat", pictures, caption)
     moving = Picture(
@@ -182,9 +182,17 @@ def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
     return _Stage(Section("2. Splat", text, shown, [still, moving]), numbers)
 
 
-def _photo_feature_colors(image: Float[Tensor, "h w 3"], pca: FeaturePCA) -> Float[Tensor, "h w 3"]:
-    small = pca.colors(pca.project(load_encoder(ENCODER)(image)))
+def _photo_feature_colors(
+    image: Float[Tensor, "h w 3"], encoder: str, pca: FeaturePCA
+) -> Float[Tensor, "h w 3"]:
+    small = pca.colors(pca.project(load_encoder(encoder)(image)))
     return sample_image(small, normalized_grid((image.shape[0], image.shape[1])))
+
+
+def _splatted_feature_colors(render: Render, pca: FeaturePCA) -> Float[Tensor, "h w 3"]:
+    """Colours of the mean feature in each pixel, not of the sum: zero is a feature too, and no background."""
+    assert render.features is not None
+    return pca.colors(render.features[..., :3] / render.alpha[..., None].clamp(min=1e-10))
 
 
 def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoCfg) -> bytes:
@@ -193,9 +201,8 @@ def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoC
     frames = []
     for camera in orbit_cameras(scene, cfg.orbit_frames, cfg.orbit_radius):
         render = rasterize(gaussians, camera.resized(half), near=NEAR * scene.unit)
-        assert render.features is not None
         visible = (render.alpha > HOLE_ALPHA)[..., None]
-        both = torch.cat([render.color, pca.colors(render.features) * visible], dim=1)
+        both = torch.cat([render.color, _splatted_feature_colors(render, pca) * visible], dim=1)
         frames.append(Image.fromarray(to_uint8(both)))
     buffer = io.BytesIO()
     frames[0].save(

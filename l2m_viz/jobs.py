@@ -101,7 +101,7 @@ def lift_to_folder(cfg: PhotoCfg, out: Path, views: int, seed: int) -> Iterator[
         view = photo.scene.render(camera)
         write_image(out / f"view_{index}.png", view.image)
         yield f"view {index}: {(~view.hole_mask).float().mean():.0%} covered"
-    gaussians, pca = feature_gaussians(photo.scene.image, photo.depth, photo.scene.K)
+    gaussians, pca = feature_gaussians(photo.scene.image, photo.depth, photo.scene.K, cfg.encoder)
     gaussians.save(out / "gaussians.npz")
     pca.save(out / "pca.npz")
     yield f"{len(gaussians):,} Gaussians; files in {out}"

@@ -1,9 +1,11 @@
 """What the demo, the lift command and the viewer start from: a photo lifted with its depth, and a second view of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -14,12 +16,12 @@ from l2m_viz.gaussians import Gaussians, gaussians_from_depth
 from l2m_viz.geometry import HW, Camera, intrinsics, normalized_grid, sample_image
 from l2m_viz.lifting import Depth, LiftedScene, estimate_depth, lift, orbit_cameras, read_depth
 
-ENCODER = "dense-sift"  # whose features are shown
+ENCODER = "l2m-tiny"  # whose features are shown unless another is named
 NUM_FEATURES = 16  # PCA components of the descriptor that each Gaussian carries
 # Focal length over the long side of a photo without calibration: 61 degrees, a phone's main camera held either way. The
 # paper's sampler draws wider lenses for training pairs; for looking at a photo a usual lens is the better guess.
 FOCAL_OVER_LONG_SIDE = 0.85
-_MIN_SIDE = 16  # px; less holds neither a descriptor nor optical flow
+_MIN_SIDE = 32  # px; less holds too few cells of features for the basis, and no optical flow
 _ASPECT_TOL = 0.03  # between photo and depth: networks round their sizes to multiples of 14 or 32
 _SECOND_VIEW = 0.24  # units of the scene to the side, where there is no real second camera
 
@@ -40,6 +42,8 @@ class PhotoCfg:
     depth_scale: float = 1.0
     # Larger photos are reduced to this long side in pixels (the measured stereo sample never is).
     max_side: int = 800
+    # Whose features the Gaussians carry: "l2m-tiny" (3D-aware), "l2m-tiny-2d", "dense-sift" and others.
+    encoder: str = ENCODER
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,42 @@ def lift_photo(cfg: PhotoCfg) -> LiftedPhoto:
 
 
 def feature_gaussians(
-    image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"]
+    image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"], encoder: str = ENCODER
 ) -> tuple[Gaussians, FeaturePCA]:
     """One Gaussian a pixel that carries the principal components of the encoder's features, and the PCA basis.
 
     The Gaussians name the encoder (``backbone``) and hold the same basis (``pca``), so that their file says what the
     features are.
+
+    Raises:
+        MissingError: there is no such encoder, or its weights are not here.
     """
-    encoder = load_encoder(ENCODER)
-    cells = encoder(image)
-    pca = FeaturePCA.fit(cells, NUM_FEATURES)
-    features = sample_image(pca.project(cells), normalized_grid((image.shape[0], image.shape[1])))
-    gaussians = gaussians_from_depth(image, depth, K, features)
-    return replace(gaussians, backbone=encoder.name, pca=pca), pca
+    (gaussians,) = comparable_gaussians(image, depth, K, [encoder]).values()
+    assert gaussians.pca is not None
+    return gaussians, gaussians.pca
+
+
+def comparable_gaussians(
+    image: Float[Tensor, "h w 3"], depth: Depth, K: Float[Tensor, "3 3"], encoders: Sequence[str]
+) -> dict[str, Gaussians]:
+    """The Gaussians of `feature_gaussians` for each encoder, by its name.
+
+    Encoders of one width share one PCA basis, fitted on the features of all of them: there equal colour means equal
+    feature, also from one encoder to the other, as between a 2D encoder and the 3D-aware one that it became.
+
+    Raises:
+        MissingError: there is no such encoder, or its weights are not here.
+    """
+    loaded = [load_encoder(name) for name in encoders]
+    cells = {encoder.name: encoder(image) for encoder in loaded}
+    pixels = normalized_grid((image.shape[0], image.shape[1]))
+    made = {}
+    for name, features in cells.items():
+        as_wide = [some.flatten(0, 1) for some in cells.values() if some.shape[-1] == features.shape[-1]]
+        pca = FeaturePCA.fit(torch.cat(as_wide), NUM_FEATURES)
+        gaussians = gaussians_from_depth(image, depth, K, sample_image(pca.project(features), pixels))
+        made[name] = replace(gaussians, backbone=name, pca=pca)
+    return made
 
 
 def _depth_of_photo(cfg: PhotoCfg, photo: Float[Tensor, "h w 3"], hw: HW) -> Depth:

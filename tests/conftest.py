@@ -12,7 +12,31 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the Makefile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import tempfile
+
 import pytest
+
+# As many processes as cores: torch's threads would wait for each other. Our own kernels keep theirs, for tests see only
+# then what one thread does to another; numba starts first, because its start sets the OpenMP that both may share.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    import numba
+    import torch
+
+    numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory):
+    """A temporary folder that goes when the tests end: gradio, Chromium and others leave files in theirs."""
+    tmp_path_factory.getbasetemp()  # pytest's own stays where it is, and keeps what failed
+    with (
+        tempfile.TemporaryDirectory(prefix="l2m_tests_", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def test_the_sample_reaches_the_measured_figures(result):
 def test_the_report_holds_every_number_and_picture_and_fetches_nothing(result):
     text = result.report.read_text()
     assert text.count("<img") >= 9
+    assert "with features of l2m-tiny" in text
     for name in ("l2m-tiny", "dis", "sift"):
         assert f"{name}: B warped into A, its certainty, and the error" in text
     assert text.index("l2m-tiny: B warped") < text.index("dis: B warped")  # the package's own comes first
@@ -65,7 +66,8 @@ def test_the_files_load_again(result):
         found = Match.load(folder / f"match_{name}.npz")
         assert (found.matcher, found.hw_A) == (name, (500, 741))
     assert LiftedScene.load(folder / "scene.npz").hw == (500, 741)
-    assert Gaussians.load(folder / "gaussians.npz").features.shape[1] == 16
+    gaussians = Gaussians.load(folder / "gaussians.npz")
+    assert (gaussians.backbone, gaussians.features.shape[1]) == ("l2m-tiny", 16)
     with Image.open(folder / "orbit.webp") as orbit:
         assert orbit.n_frames == 6
 
@@ -143,6 +145,7 @@ def _l2m(*args: str, cwd=None) -> subprocess.CompletedProcess:
 
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "notes.jpg").write_text("this is not a picture")
+    write_image(tmp_path / "photo.png", load_sample("coffee").image_A[::8, ::8].contiguous())
     for args in (
         ["demo", "--image", str(tmp_path / "absent.jpg"), "--out", str(tmp_path)],
         ["demo", "--image", str(tmp_path / "notes.jpg"), "--out", str(tmp_path)],
@@ -151,6 +154,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, 
         ["demo", "--orbit-frames", "0", "--out", str(tmp_path)],
         ["lift", str(tmp_path / "notes.jpg"), "--seed", "99999999999999999999"],
         ["demo", "--sample", "nothing", "--out", str(tmp_path)],
+        ["lift", str(tmp_path / "photo.png"), "--encoder", "nothing", "--out", str(tmp_path)],
     ):
         monkeypatch.setattr(sys, "argv", ["l2m", *args])
         with pytest.raises(SystemExit) as stop:
@@ -175,7 +179,16 @@ def test_match_and_lift_commands_write_their_files(tmp_path, monkeypatch, capsys
     main()
     assert "guess" in capsys.readouterr().out
     assert (tmp_path / "l" / "view_1.png").is_file()
-    assert len(Gaussians.load(tmp_path / "l" / "gaussians.npz")) == 167 * 247
+    gaussians = Gaussians.load(tmp_path / "l" / "gaussians.npz")
+    assert (len(gaussians), gaussians.backbone) == (167 * 247, "l2m-tiny")
+
+
+def test_the_lift_command_takes_another_encoder(tmp_path, monkeypatch):
+    write_image(tmp_path / "photo.png", load_sample("coffee").image_A[::4, ::4].contiguous())
+    command = ["l2m", "lift", str(tmp_path / "photo.png"), "--encoder", "dense-sift", "--views", "0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path)])
+    main()
+    assert Gaussians.load(tmp_path / "gaussians.npz").backbone == "dense-sift"
 
 
 def test_help_of_the_real_command():

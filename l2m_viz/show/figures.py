@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from l2m_viz.matching import Matches
 from l2m_viz.show.colors import COLOR_MAPS, NOTHING, ScalarKind, value_limits
 
 _LABELS_PER_INCH = 3.5  # under the bars of a compositing table; more would overlap
+_EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
 _PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES, _MIN_INCHES = 4.2, 0.75, 0.35, 0.6
 
 
@@ -175,5 +177,8 @@ def _hide_frame(axis: Axes) -> None:
 
 
 def _color_bar(figure: Figure, axis: Axes, picture: ScalarMappable, label: str) -> None:
-    """A bar beside the picture, exactly as high."""
-    figure.colorbar(picture, cax=axis.inset_axes((1.02, 0, 0.035, 1)), label=label)
+    """A bar beside the picture, exactly as high, with a point at each end that some values lie beyond."""
+    (low, high), values = picture.get_clim(), np.ma.compressed(picture.get_array())
+    margin = 1e-3 * (high - low)  # less is rounding, and nothing that one could see
+    extend = _EXTEND[bool((values < low - margin).any()), bool((values > high + margin).any())]
+    figure.colorbar(picture, cax=axis.inset_axes((1.02, 0, 0.035, 1)), label=label, extend=extend)

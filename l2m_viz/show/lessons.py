@@ -113,7 +113,7 @@ def curves(
     y_label: str,
     log_x: bool = False,
 ) -> Figure:
-    """Draw named series over one x axis."""
+    """Draw named series over one x axis; what each is called stands above, where it covers none."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     for name, values in series.items():
@@ -126,5 +126,5 @@ def curves(
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3)
     if len(series) > 1:
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False)
     return figure

@@ -168,6 +168,8 @@ def novel_view(
 ) -> NovelView:
     """Rasterize Gaussians, colour the result by mode, and draw its holes as magenta and grey stripes.
 
+    Features and similarity are the means in each pixel, sum(w f) / alpha, as half a feature is another feature.
+
     ``near`` is the nearest drawn depth in world units; give `NEAR` times the scene's unit where it is known. For the
     other arguments see `gaussian_colors`.
 
@@ -190,10 +192,9 @@ def novel_view(
         image = colorize(render.depth, "depth", ~hole, limits)
     elif render.features is None:
         image = render.color.clamp(0, 1)
-    elif mode == "similarity":
-        image = colorize(render.features[..., 0] / render.alpha.clamp(min=1e-10), "similarity")
     else:
-        image = _feature_colors(render.features, pca)
+        mean = render.features / render.alpha[..., None].clamp(min=1e-10)
+        image = colorize(mean[..., 0], "similarity") if mode == "similarity" else _feature_colors(mean, pca)
     return NovelView(torch.where(hole[..., None], hatch(*camera.hw), image), render.depth, hole, limits)
 
 

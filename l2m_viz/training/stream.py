@@ -169,7 +169,10 @@ class PairStream:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            todo = "most often memory ran out: take fewer workers or smaller batches, and resume with start"
+            todo = (
+                "most often memory ran out: take fewer workers or smaller batches, and resume with start; "
+                'a script must do its work below `if __name__ == "__main__":`, for workers import it'
+            )
             raise L2MError("PairStream: a worker process ended", got=str(error).strip(), todo=todo) from error
 
     def _difficulty(self, index: int) -> float:

@@ -67,7 +67,7 @@ def url(cache):
     assert not list(cache.glob("l2m_app_*"))
 
 
-def wait_for(port, process, seconds=120):
+def wait_for(port, process, seconds=300):
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError):
@@ -78,8 +78,8 @@ def wait_for(port, process, seconds=120):
 
 
 @pytest.fixture(scope="module")
-def client(url):
-    client = Client(url, verbose=False)
+def client(url, tmp_path_factory):
+    client = Client(url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
     yield client
     client.close()
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ pytest.importorskip("viser")
 from app import viewer
 from app.viewer import Painter, ViewerCfg
 from l2m_viz.data import write_image
-from l2m_viz.gaussians import Picked
+from l2m_viz.gaussians import Gaussians, Picked
 from l2m_viz.geometry import Camera, intrinsics
 from l2m_viz.show.scene import NovelView
 
@@ -29,6 +30,16 @@ def photo(tmp_path) -> Path:
     path = tmp_path / "photo.png"
     write_image(path, torch.rand(60, 80, 3, generator=torch.Generator().manual_seed(0)))
     return path
+
+
+@pytest.fixture
+def gaussians_of_two() -> dict[str, Gaussians]:
+    """The same twenty Gaussians with features of two encoders."""
+    generator = torch.Generator().manual_seed(1)
+    means, quats = torch.rand(20, 3, generator=generator), torch.tensor([[1.0, 0.0, 0.0, 0.0]]).repeat(20, 1)
+    bare = Gaussians.from_activated(means, quats, 0.1 + means, torch.full((20,), 0.5), means)
+    features = {name: torch.randn(20, 4, generator=generator) for name in ("one", "two")}
+    return {name: replace(bare, features=some) for name, some in features.items()}
 
 
 def _start(*args: str) -> subprocess.Popen:
@@ -70,6 +81,17 @@ def test_stereo_sample_is_shown_with_both_real_photos():
     assert shown.title.startswith("**motorcycle**: 343,274 Gaussians, depth 2.11 to 5.02 m, measured")
     assert shown.camera.center.tolist() == [0, 0, 0]
     assert shown.pictures["B"][0].center[0].item() == pytest.approx(0.193, abs=1e-3)
+    assert list(shown.told_by) == ["l2m-tiny", "l2m-tiny-2d", "dense-sift"]
+    assert shown.gaussians.backbone == "l2m-tiny"
+
+
+def test_the_encoder_that_was_asked_for_comes_first_and_two_share_a_basis(photo):
+    shown = viewer.load(ViewerCfg(image=photo, encoder="dense-sift"))
+    assert list(shown.told_by) == ["dense-sift", "l2m-tiny", "l2m-tiny-2d"]
+    assert shown.gaussians.backbone == "dense-sift"
+    bases = {name: gaussians.pca for name, gaussians in shown.told_by.items()}
+    assert torch.equal(bases["l2m-tiny"].components, bases["l2m-tiny-2d"].components)
+    assert bases["dense-sift"].components.shape != bases["l2m-tiny"].components.shape
 
 
 def test_single_photo_gets_a_second_view_of_the_lifted_scene(photo):
@@ -189,6 +211,40 @@ def test_words_about_a_picked_pixel_have_numbers_with_units():
     assert viewer._describe_pick(alone, "(relative)").startswith(
         "One Gaussian makes this pixel: depth 1.50 (relative)"
     )
+
+
+def _sitting(told_by, colours):
+    """A visitor without a browser, who looks at ``colours`` of the first encoder."""
+    recoloured: list[str] = []
+    visitor = viewer.Visitor.__new__(viewer.Visitor)
+    visitor.shown = SimpleNamespace(told_by=told_by)
+    visitor._encoder, visitor._colors = SimpleNamespace(value="one"), SimpleNamespace(value=colours)
+    visitor._picked = visitor._similarity = None
+    visitor._turn = threading.Lock()
+    visitor._recolor = lambda: recoloured.append(visitor._encoder.value)
+    return visitor, recoloured
+
+
+def test_another_encoder_says_anew_what_is_like_the_picked_pixel(gaussians_of_two):
+    visitor, recoloured = _sitting(gaussians_of_two, "similarity")
+    weights = torch.tensor([0.25, 0.5])
+    visitor._picked = Picked(torch.tensor([7, 3]), weights, torch.ones(2), weights, torch.rand(2, 3), None)
+    for name, gaussians in gaussians_of_two.items():
+        visitor._encoder.value = name
+        visitor._ask_encoder()
+        asked = 0.25 * gaussians.features[7] + 0.5 * gaussians.features[3]
+        expected = torch.cosine_similarity(gaussians.features, asked[None])
+        torch.testing.assert_close(visitor._similarity, expected)
+    assert recoloured == ["one", "two"]
+
+
+def test_another_encoder_is_shown_at_once(gaussians_of_two):
+    visitor, recoloured = _sitting(gaussians_of_two, "RGB")
+    visitor._encoder.value = "two"
+    visitor._ask_encoder()
+    assert visitor._colors.value == "features (PCA)"  # which recolours, in a browser
+    visitor._ask_encoder()
+    assert recoloured == ["two"]
 
 
 def test_a_cameras_picture_is_a_way_to_it_only_while_nobody_picks():

@@ -21,6 +21,23 @@ _ARGS = [
 ]  # fmt: skip
 
 
+# Software WebGL draws each frame on the processor: a page gets ten a second, and the servers get the rest.
+_FEW_FRAMES = """{
+    const draw = window.requestAnimationFrame.bind(window), waiting = new Map();
+    let last = 0;
+    window.requestAnimationFrame = callback => {
+        const id = ++last;
+        const now = time => waiting.delete(id) && callback(time);
+        waiting.set(id, setTimeout(() => draw(now), 100));
+        return id;
+    };
+    window.cancelAnimationFrame = id => {
+        clearTimeout(waiting.get(id));
+        waiting.delete(id);
+    };
+}"""
+
+
 @pytest.fixture(scope="session")
 def browser():
     """One headless Chromium for all browser tests."""
@@ -39,6 +56,8 @@ def browser():
 def page(browser):
     """A fresh page of 1280x900 px; a JavaScript error on it fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(_FEW_FRAMES)
+    context.set_default_timeout(120_000)  # another process of tests may have the processor
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))

@@ -6,7 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from l2m_viz.cli import main
-from l2m_viz.data import load_sample, write_image
 from l2m_viz.encoders import load_encoder
 from l2m_viz.encoders.encoder import Encoder
 from l2m_viz.errors import ImageError, L2MError, ShapeError
@@ -129,14 +128,6 @@ def test_the_table_has_a_line_an_encoder_and_benchmark():
     table = features_table(results + renamed(results, "other name"))
     assert "| texture | coordinates | 1 | 0.0 | 1.000 | 1.000 | 1.000 |" in table
     assert "| texture | other name | 1 |" in table
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("motorcycle", "coffee"):
-        write_image(folder / f"{name}.png", load_sample(name).image_A[:200, :260])
-    return folder
 
 
 def test_pairs_of_photos_are_the_same_every_time(photos):

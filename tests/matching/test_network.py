@@ -36,7 +36,7 @@ def tiny_cfg() -> NetworkCfg:
 
 
 def small_official_cfg() -> NetworkCfg:
-    """The official architecture at the widths of the golden file's decoder."""
+    """The official architecture at the widths of the golden file's decoder; trainings are tested on it, too."""
     return NetworkCfg(
         encoder=VGGDinoCfg(
             VGG19Cfg(widths=(8, 12, 16, 24), depths=(1, 1, 1, 1)),

@@ -62,6 +62,18 @@ def test_panels_draw_every_picture_and_no_empty_axes():
     assert ((picture == [255, 0, 0]).all(-1)).mean() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("values", "points"),
+    [([-1e-6, 1.0], "neither"), ([-0.1, 1.0], "min"), ([0.0, 1.1], "max"), ([-9.0, 9.0], "both")],
+)
+def test_a_bar_is_pointed_where_values_lie_beyond_its_end(values, points):
+    shown = torch.tensor([[*values, 50.0, -50.0]])
+    mask = torch.tensor([[True, True, False, False]])  # what is not shown does not count
+    figure = figures.panels(Panel("one", shown, "error", mask, limits=(0.0, 1.0)))
+    (bar,) = figure.axes[0].child_axes
+    assert bar._colorbar.extend == points
+
+
 def test_lines_end_at_the_matched_points():
     a, b = torch.zeros(*HW, 3), torch.zeros(40, 60, 3)
     matches = Matches(torch.tensor([[10.0, 5.0]]), torch.tensor([[20.0, 30.0]]), torch.tensor([0.7]))

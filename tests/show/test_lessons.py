@@ -101,7 +101,10 @@ def test_curves():
     figure = curves(x, {"up": y, "down": -y}, x_label="shift (px)", y_label="PSNR (dB)", log_x=True)
     (axis,) = figure.axes
     assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 3], [10, 4]], [[1, -3], [10, -4]]]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["up", "down"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["up", "down"]
+    figure.draw_without_rendering()
+    assert not legend.get_window_extent().overlaps(axis.get_window_extent()), "it covers no curve"
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_xscale()) == ("shift (px)", "PSNR (dB)", "log")
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "10"]
-    assert curves(x, {"up": y}, x_label="", y_label="").axes[0].get_legend() is None
+    assert not curves(x, {"up": y}, x_label="", y_label="").legends

@@ -172,9 +172,21 @@ def test_novel_view_shows_features_and_depth_with_its_range(camera, gaussians):
     coordinates = replace(gaussians, features=pca.project(gaussians.features))
     projected = scenes.novel_view(coordinates, camera, "features", pca)
     drawn = ~raw.hole_mask
-    torch.testing.assert_close(
-        raw.image[drawn], projected.image[drawn], atol=0.1, rtol=0
-    )  # alpha is not quite one
+    torch.testing.assert_close(raw.image[drawn], projected.image[drawn], atol=1e-4, rtol=0)
+
+
+def test_novel_view_shows_the_mean_feature_also_where_it_is_half_transparent(camera, gaussians):
+    """As the browser does, which blends colours; half a feature would have another colour."""
+    assert gaussians.features is not None
+    pca = FeaturePCA.fit(gaussians.features, 3)
+    feature = pca.project(gaussians.features[5])
+    everywhere = replace(gaussians, features=feature.expand(len(gaussians), -1).contiguous())
+    thin = replace(everywhere, logit_opacities=gaussians.logit_opacities - 3.5)
+    view = scenes.novel_view(thin, camera, "features", pca)
+    drawn = ~view.hole_mask
+    assert drawn.float().mean() > 0.5
+    expected = scenes.gaussian_colors(gaussians, "features", pca)[5]
+    torch.testing.assert_close(view.image[drawn], expected.expand(int(drawn.sum()), 3), atol=1e-3, rtol=0)
 
 
 def test_novel_view_shows_the_mean_similarity_also_where_it_is_half_transparent(camera, gaussians):

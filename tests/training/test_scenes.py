@@ -1,20 +1,12 @@
 import pytest
 import torch
 
-from l2m_viz.data import load_sample, write_image
+from l2m_viz.data import write_image
 from l2m_viz.errors import L2MError
 from l2m_viz.lifting.synthesis import SynthesisCfg
 from l2m_viz.training.scenes import SceneCfg, SceneStream, cut_to
 
 CFG = SceneCfg(hw=(48, 64), views=3)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("motorcycle", "coffee"):
-        write_image(folder / f"{name}.png", load_sample(name).image_A[:200, :260])
-    return folder
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,15 +1,10 @@
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from l2m_viz.cli import main
-from l2m_viz.data import load_sample, write_image
 from l2m_viz.encoders import load_encoder
 from l2m_viz.encoders.conv_pyramid import TINY_PYRAMID, ConvPyramid, ConvPyramidCfg
 from l2m_viz.encoders.dinov2 import DinoCfg, DinoViT
@@ -53,14 +48,6 @@ PRETRAINING = PretrainingCfg(
 TRAINING = EncoderTrainingCfg(
     encoder=SMALL, run=RUN, scenes=SceneCfg(hw=(64, 80), views=3), batch_size=2, workers=0
 )
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("motorcycle", "coffee"):
-        write_image(folder / f"{name}.png", load_sample(name).image_A[:200, :260])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +236,7 @@ def test_the_command_trains_the_preset_from_a_2d_encoder(photos, tmp_path, monke
     assert not (out / "l2m-tiny-2d.safetensors").exists()
 
 
-_TWO_PROCESSES = """
+_TRAINING = """
 import sys
 from pathlib import Path
 
@@ -266,23 +253,13 @@ torch.save(state["step"], out / f"step_{start_accelerator('cpu').process_index}.
 """
 
 
-def test_two_processes_make_one_stage_1(photos, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(_TWO_PROCESSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(photos), str(tmp_path / "run")],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_make_one_stage_1(photos, tmp_path, in_two_processes):
+    out = tmp_path / "run"
+    in_two_processes(_TRAINING, photos, out)
     for process in range(2):
-        assert torch.load(tmp_path / "run" / f"step_{process}.pt", weights_only=True) == 2
-    state, meta = read_weights(tmp_path / "run" / "small.safetensors")
+        assert torch.load(out / f"step_{process}.pt", weights_only=True) == 2
+    state, meta = read_weights(out / "small.safetensors")
     assert meta["steps"] == "2"
     assert all(torch.isfinite(value).all() for value in state.values())
-    lines = (tmp_path / "run" / "3d" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [
-        1,
-        2,
-        2,
-    ]  # two steps and one verdict, written once
+    lines = [json.loads(line) for line in (out / "3d" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]  # two steps and one verdict, written once

@@ -9,17 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from l2m_viz.data import load_sample, write_image
 from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
-from l2m_viz.encoders.dinov2 import DinoCfg
-from l2m_viz.encoders.vgg import VGG19Cfg
 from l2m_viz.errors import ImageError
 from l2m_viz.matching.attention import AttentionCoarseCfg
-from l2m_viz.matching.gp import GPCfg, GPCoarseCfg
-from l2m_viz.matching.network import DenseNetwork, NetworkCfg, VGGDinoCfg
+from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.refiner import RefinerCfg
 from l2m_viz.matching.tiny import read_weights
-from l2m_viz.matching.transformer_decoder import TransformerCfg
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.presets import PRESETS
 from l2m_viz.training.run import RunCfg
@@ -31,6 +26,7 @@ from l2m_viz.training.train_matcher import (
     train_matcher,
     with_unrelated,
 )
+from tests.matching.test_network import small_official_cfg
 
 NETWORK = NetworkCfg(
     encoder=ConvPyramidCfg(widths=(8, 12, 16, 24), blocks=(0, 0, 1, 1)),
@@ -47,14 +43,6 @@ CFG = MatcherTrainingCfg(
     evaluate_every=2,
     workers=0,
 )
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name in ("motorcycle", "coffee"):
-        write_image(folder / f"{name}.png", load_sample(name).image_A[:200, :260])
-    return folder
 
 
 def test_a_run_in_two_sessions_is_the_run_in_one(photos, tmp_path):
@@ -140,19 +128,7 @@ def test_every_preset_describes_a_network_and_its_parts(preset):
 
 def test_small_networks_of_the_official_kind_train_too(photos, tmp_path):
     """VGG and a frozen DINOv2, Gaussian process, anchors on another grid than the cells, stride 14."""
-    network = NetworkCfg(
-        encoder=VGGDinoCfg(
-            VGG19Cfg(widths=(8, 12, 16, 24), depths=(1, 1, 1, 1)),
-            DinoCfg(dim=40, depth=1, num_heads=2, train_side=56),
-        ),
-        coarse=GPCoarseCfg(gp=GPCfg(dim=20), decoder=TransformerCfg(blocks=2, heads=4), wrap=True),
-        refiners=(
-            RefinerCfg(stride=14, displacement_dim=10, radius=3, blocks=1, reach=16),
-            RefinerCfg(stride=8, displacement_dim=8, radius=2, blocks=1),
-            RefinerCfg(stride=1, displacement_dim=2, blocks=1),
-        ),
-        projections=((14, 16), (8, 12), (1, 3)),
-    )
+    network = small_official_cfg()
     cfg = replace(
         CFG,
         network=network,
@@ -174,18 +150,8 @@ def test_small_networks_of_the_official_kind_train_too(photos, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_started_again_the_command_goes_on(photos, tmp_path):
-    arguments = [
-        "l2m",
-        "train",
-        "matcher",
-        str(photos),
-        "--out",
-        str(tmp_path),
-        "--workers",
-        "0",
-        "--steps",
-        "3",
-    ]
+    options = ["--out", str(tmp_path), "--workers", "0", "--steps", "3"]
+    arguments = ["l2m", "train", "matcher", str(photos), *options]
     code = f"import sys; sys.argv = {arguments!r}; from l2m_viz.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
     for _ in range(600):
