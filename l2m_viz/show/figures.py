@@ -178,7 +178,9 @@ def _hide_frame(axis: Axes) -> None:
 
 def _color_bar(figure: Figure, axis: Axes, picture: ScalarMappable, label: str) -> None:
     """A bar beside the picture, exactly as high, with a point at each end that some values lie beyond."""
-    (low, high), values = picture.get_clim(), np.ma.compressed(picture.get_array())
+    (low, high), shown = picture.get_clim(), picture.get_array()
+    assert shown is not None  # an image has its values
+    values = np.ma.compressed(shown)
     margin = 1e-3 * (high - low)  # less is rounding, and nothing that one could see
     extend = _EXTEND[bool((values < low - margin).any()), bool((values > high + margin).any())]
     figure.colorbar(picture, cax=axis.inset_axes((1.02, 0, 0.035, 1)), label=label, extend=extend)
