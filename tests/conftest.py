@@ -12,9 +12,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the Makefile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import signal
 import tempfile
 
 import pytest
+
+# A shell has what it starts in the background ignore Ctrl-C, and their children too; some tests send it to theirs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As many processes as cores: torch's threads would wait for each other. Our own kernels keep theirs, for tests see only
 # then what one thread does to another; numba starts first, because its start sets the OpenMP that both may share.
