@@ -60,7 +60,7 @@ def _all_int(value):
 
 
 def _broadcast(builder, scalar):
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     return builder.shuffle_vector(
         builder.insert_element(undefined, scalar, ir.Constant(_INT, 0)), undefined, _all_int(0)
     )
@@ -141,6 +141,31 @@ def load(typingctx, array, index):
         return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
 
     return f32x8(array, nb.uint64), codegen
+
+
+@intrinsic
+def load_at(typingctx, array, x, y, width, last):
+    """Eight elements, array[width * floor(y) + floor(x)], of positions >= 0; nothing beyond ``last`` is read."""
+
+    def codegen(context, builder, sig, args):
+        x, y = (builder.fptosi(value, _INTS) for value in args[1:3])
+        width, last = (_broadcast(builder, builder.trunc(value, _INT)) for value in args[3:5])
+        place = builder.add(builder.mul(y, width), x)
+        inside = builder.icmp_unsigned("<", place, last)  # negative ones are large
+        place = builder.select(inside, place, last)
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        # llvmlite's `gep` takes no vector of indices: addresses are added up as numbers.
+        long = ir.VectorType(_LONG, LANES)
+        bytes_ = builder.shl(builder.zext(place, long), ir.Constant(long, [2] * LANES))
+        start = _broadcast(builder, builder.ptrtoint(data, _LONG))
+        addresses = builder.inttoptr(builder.add(start, bytes_), ir.VectorType(data.type, LANES))
+        mask = ir.VectorType(ir.IntType(1), LANES)
+        kind = ir.FunctionType(_VECTOR, [addresses.type, _INT, mask, _VECTOR])
+        gather = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.gather.v8f32.v8p0")
+        every, nothing = ir.Constant(mask, [1] * LANES), ir.Constant(_VECTOR, ir.Undefined)
+        return builder.call(gather, [addresses, ir.Constant(_INT, 4), every, nothing])
+
+    return f32x8(array, f32x8, f32x8, nb.int64, nb.int64), codegen
 
 
 @intrinsic

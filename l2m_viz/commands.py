@@ -1,7 +1,5 @@
 """The commands of `l2m`: thin wrappers of the public functions, by tyro."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,12 +32,13 @@ from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
 from l2m_viz.matching.weights import published_encoder, save_official
 from l2m_viz.photo import ENCODER, PhotoCfg
+from l2m_viz.progress import percent_bar
 from l2m_viz.show.evaluation import Sheets
 from l2m_viz.show.features import compare_encoders
 from l2m_viz.show.figures import to_png
 from l2m_viz.synth import SynthCfg, synthesise
 from l2m_viz.training.presets import PRESETS, dinov2_stage_1, tiny_stage_1
-from l2m_viz.training.run import print_numbers
+from l2m_viz.training.run import is_main_process, print_numbers
 from l2m_viz.training.stage_1 import StageOneOptions, train_stage_1
 from l2m_viz.training.train_matcher import WEIGHTS, MatcherTrainingOptions, train_matcher
 from l2m_viz.validation import Validation
@@ -51,12 +50,7 @@ _Path = Annotated[Path, tyro.conf.Positional]
 @app.command
 def demo(cfg: Annotated[DemoCfg, tyro.conf.arg(name="")]) -> None:
     """Lift, splat and match the embedded stereo pair, or your own photo, and write an HTML report."""
-    with tqdm(total=100, bar_format="{desc:36} {bar} {n:3.0f} % [{elapsed}]") as bar:
-
-        def progress(share: float, what: str) -> None:
-            bar.set_description_str(what)
-            bar.update(100 * share - bar.n)
-
+    with percent_bar() as progress:
         result = run_demo(cfg, progress)
     for name, value in result.numbers.items():
         print(f"{name:24} {value:.4g}")
@@ -130,7 +124,7 @@ def synth(photos: _Path, out: _Path, cfg: Annotated[SynthCfg, tyro.conf.arg(name
         out: Folder for the shards and their index.
         cfg: Settings.
     """
-    with tqdm(total=cfg.num, unit="pair") as bar:
+    with tqdm(total=cfg.num, unit="pair", disable=None) as bar:
 
         def progress(done: int, message: str) -> None:
             bar.update(done - bar.n)
@@ -195,7 +189,7 @@ def train_tiny_matcher(
         encoder: Weights of stage 1 to start the encoder from; of the preset "official", its DINOv2.
         device: "auto" is the GPU if torch sees one.
     """
-    if begin_from and not (out / "checkpoint.pt").is_file():
+    if begin_from and is_main_process() and not (out / "checkpoint.pt").is_file():
         print(f"begins from {begin_from}: its averaged weights, a new optimiser, and a warm-up")
     official = options.preset == "official"
     own = load_encoder_state(encoder) if encoder and not official else None
@@ -212,6 +206,8 @@ def train_tiny_matcher(
         report=print_numbers,
         device=str(resolve_device(device)),
     )
+    if not is_main_process():
+        return
     print(f"weights: {(out / WEIGHTS).resolve()}")
     if official:
         save_official(out / "official.safetensors", trained.state_dict())
@@ -251,8 +247,9 @@ def train_stage_1_encoder(
         report=print_numbers,
         device=str(resolve_device(device)),
     )
-    for path in written:
-        print(f"weights: {path.resolve()}")
+    if is_main_process():
+        for path in written:
+            print(f"weights: {path.resolve()}")
 
 
 evaluation = tyro.extras.SubcommandApp()
@@ -287,7 +284,7 @@ def dev(
     sheets, reports = Sheets(), []
     for name in matcher:
         loaded = load_matcher(name, weights=weights)
-        with _percent_bar() as progress:
+        with percent_bar() as progress:
             on_match = sheets.add if pictures else None
             reports.append(evaluate(loaded, pairs, progress=progress, on_match=on_match))
     report = Report.joined(reports)
@@ -326,7 +323,7 @@ def eval_features(
     encoders = {spec: load_encoder(*spec.split("=", 1)) for spec in encoder}
     results = []
     for spec, loaded in encoders.items():
-        with _percent_bar() as progress:
+        with percent_bar() as progress:
             results += renamed(evaluate_features(loaded, pairs, cfg, progress), spec)
     table = features_table(results, cfg)
     print(table)
@@ -336,15 +333,3 @@ def eval_features(
         with atomic_write(picture) as file:
             file.write(to_png(compare_encoders(list(encoders.items()), pairs[0])))
         print(picture)
-
-
-@contextmanager
-def _percent_bar() -> Iterator[Callable[[float, str], None]]:
-    """A bar that takes the share of the work done, 0 to 1, and what is being done next."""
-    with tqdm(total=100, bar_format="{desc:36} {bar} {n:3.0f} % [{elapsed}]") as bar:
-
-        def progress(share: float, what: str) -> None:
-            bar.set_description_str(what)
-            bar.update(100 * share - bar.n)
-
-        yield progress

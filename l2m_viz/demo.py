@@ -9,7 +9,6 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +27,11 @@ from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image, s
 from l2m_viz.lifting import NEAR, LiftedScene, View, orbit_cameras, warp_from_depth
 from l2m_viz.matching import Match, load_matcher
 from l2m_viz.photo import NUM_FEATURES, LiftedPhoto, PhotoCfg, feature_gaussians, lift_photo
+from l2m_viz.progress import Progress
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 from l2m_viz.show.report import Number, Picture, Section, write_report
 
-Progress = Callable[[float, str], None]
 """Called with the share of the work done, 0 to 1, and what is being done next."""
 
 # The network that ships with the package, and two classical methods to compare it with.

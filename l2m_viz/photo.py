@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -127,11 +126,11 @@ def comparable_gaussians(
     """
     loaded = [load_encoder(name) for name in encoders]
     cells = {encoder.name: encoder(image) for encoder in loaded}
+    bases = FeaturePCA.fit_by_width(cells.values(), NUM_FEATURES)
     pixels = normalized_grid((image.shape[0], image.shape[1]))
     made = {}
     for name, features in cells.items():
-        as_wide = [some.flatten(0, 1) for some in cells.values() if some.shape[-1] == features.shape[-1]]
-        pca = FeaturePCA.fit(torch.cat(as_wide), NUM_FEATURES)
+        pca = bases[features.shape[-1]]
         gaussians = gaussians_from_depth(image, depth, K, sample_image(pca.project(features), pixels))
         made[name] = replace(gaussians, backbone=name, pca=pca)
     return made

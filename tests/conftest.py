@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the Makefile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import multiprocessing.util
 import signal
 import tempfile
 
@@ -35,6 +36,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def temporary_folder(tmp_path_factory):
     """A temporary folder that goes when the tests end: gradio, Chromium and others leave files in theirs."""
     tmp_path_factory.getbasetemp()  # pytest's own stays where it is, and keeps what failed
+    multiprocessing.util.get_temp_dir()  # removed by its owner, but only when the process ends: not inside of ours
     with (
         tempfile.TemporaryDirectory(prefix="l2m_tests_", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,

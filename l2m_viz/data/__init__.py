@@ -9,6 +9,7 @@ from l2m_viz.data.files import (
     write_text as write_text,
 )
 from l2m_viz.data.images import (
+    cut_to as cut_to,
     fit_long_side as fit_long_side,
     read_image as read_image,
     resize_image as resize_image,

@@ -7,7 +7,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
@@ -17,8 +17,7 @@ from filelock import FileLock
 
 from l2m_viz.data.files import remove_file, write_text
 from l2m_viz.errors import FileFormatError, MissingError
-
-Progress = Callable[[float, str], None]  # share done in [0, 1], and of what
+from l2m_viz.progress import Progress
 
 OFFLINE_VARIABLE = "HF_HUB_OFFLINE"  # the hub's own switch; who sets it wants no connections at all
 

@@ -143,6 +143,24 @@ def fit_long_side(image: Float[Tensor, "h w 3"], long_side: int) -> Float[Tensor
     return resize_image(image, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
+def cut_to(image: Float[Tensor, "h w 3"], hw: HW) -> Float[Tensor, "h2 w2 3"]:
+    """The largest middle part of the shape of ``hw``, resized to it: cut, not squeezed.
+
+    Raises:
+        ShapeError: the image is not (H, W, 3) or ``hw`` has no pixels.
+    """
+    _check_image(image)
+    if min(hw) < 1:
+        raise ShapeError("cut_to", expected="a size of at least (1, 1)", got=f"{tuple(hw)}")
+    height, width = image.shape[:2]
+    scale = min(height / hw[0], width / hw[1])
+    rows, columns = (
+        max(1, min(full, round(side * scale))) for side, full in zip(hw, (height, width), strict=True)
+    )
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return resize_image(image[top : top + rows, left : left + columns], hw)
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A PCA basis of features, fitted once, so that equal colour means equal feature in 2D, in 3D and across views."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -55,6 +56,14 @@ class FeaturePCA(Saved):
         low, high = torch.quantile(projected, torch.tensor([0.01, 0.99]), dim=0)
         explained = variance.flip(0)[:num_components] / variance.sum().clamp(min=1e-30)
         return cls(mean, components, low, high, explained)
+
+    @classmethod
+    def fit_by_width(cls, maps: Iterable[Float[Tensor, "*n d"]], num_components: int = 16) -> dict[int, Self]:
+        """One basis for all features of one width, by the width: there encoders can be compared by colour."""
+        rows: dict[int, list[Tensor]] = {}
+        for features in maps:
+            rows.setdefault(features.shape[-1], []).append(features.reshape(-1, features.shape[-1]))
+        return {width: cls.fit(torch.cat(some), num_components) for width, some in rows.items()}
 
     def project(self, features: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k"]:
         """Coordinates in the basis."""

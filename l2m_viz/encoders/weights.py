@@ -14,8 +14,8 @@ What is in none of them is fetched to the first place, if ``L2M_MODELS`` is set,
 import os
 import pickle
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from l2m_viz.data.download import Progress, check_hash, download
+from l2m_viz.data.download import check_hash, download
 from l2m_viz.errors import FileFormatError, MissingError
+from l2m_viz.progress import Progress, percent_bar
 
 State = dict[str, Tensor]
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -73,7 +74,7 @@ class Checkpoint:
         path = self.find()
         if path is None:
             path = self._target()
-            with _bar(progress) as report:
+            with nullcontext(progress) if progress else percent_bar() as report:
                 download(self.url, path, self.sha256, report)
         check_hash(path, self.sha256)
         return path
@@ -282,23 +283,6 @@ def _on_the_hub(url: str) -> tuple[str, str, str] | None:
     repo, _, file = urllib.parse.unquote(parts.path).strip("/").partition("/resolve/main/")
     kind = "dataset" if repo.startswith("datasets/") else "model"
     return kind, repo.removeprefix("datasets/"), file
-
-
-@contextmanager
-def _bar(progress: Progress | None) -> Iterator[Progress]:
-    """Whoever does not want to be told of the progress sees a bar on the terminal."""
-    if progress is not None:
-        yield progress
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=100, bar_format="{desc:44} {bar} {n:3.0f} % [{elapsed}]") as bar:
-
-        def report(share: float, what: str) -> None:
-            bar.set_description_str(what)
-            bar.update(100 * share - bar.n)
-
-        yield report
 
 
 def _torchvision_vgg(state: State) -> State:

@@ -14,8 +14,8 @@ from l2m_viz.evaluation.pose import PoseCfg, pose_errors
 from l2m_viz.evaluation.report import PairResult, Report, package_versions
 from l2m_viz.matching.match import Match
 from l2m_viz.matching.matcher import Matcher
+from l2m_viz.progress import Progress
 
-Progress = Callable[[float, str], None]
 """Called with the share of the work done, 0 to 1, and what is being done next."""
 
 

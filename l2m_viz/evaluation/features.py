@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from l2m_viz.data.images import fit_long_side
 from l2m_viz.encoders import Encoder
 from l2m_viz.errors import L2MError, ShapeError
-from l2m_viz.evaluation.evaluate import EvalPair, Progress
+from l2m_viz.evaluation.evaluate import EvalPair
 from l2m_viz.geometry import HW, normalized_grid, sample_image, to_pixel
+from l2m_viz.progress import Progress
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.stream import PairStream
 

@@ -10,17 +10,14 @@ from typing import no_type_check
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 import l2m_viz.parallel  # noqa: F401 (says where compiled kernels are cached)
 from l2m_viz._simd import (
     LANES,
     exp2,
-    f32x8,
     greater,
     load,
+    load_at,
     load_column,
     log2,
     maximum,
@@ -47,7 +44,6 @@ _EDGE, _FAR = np.float32(EDGE), np.float32(FAR)
 _TINY, _TINY_WEIGHT = np.float32(TINY), np.float32(TINY_WEIGHT)
 _BLURRIEST, _BACK_SLOPE = np.float32(0.5 / SHARPEST), np.float32(BACK_SLOPE)
 _DARKEST = np.float32(1e-9)  # of light and of colour in the logarithm; what is 0 stays 0
-_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 def empty_planes(hw, margin):
@@ -56,39 +52,6 @@ def empty_planes(hw, margin):
     return np.zeros(
         (_NUM_PLANES, height + 2 * margin, 2 * margin + -(-width // LANES) * LANES + LANES), np.float32
     )
-
-
-def _all_lanes(builder, scalar):
-    kind = ir.VectorType(scalar.type, LANES)
-    undefined = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT, LANES), [0] * LANES))
-
-
-@intrinsic
-def load_at(typingctx, array, x, y, width, last):
-    """Eight elements, array[width * floor(y) + floor(x)], of positions >= 0; nothing beyond ``last`` is read."""
-
-    def codegen(context, builder, sig, args):
-        whole = ir.VectorType(_INT, LANES)
-        x, y = (builder.fptosi(value, whole) for value in args[1:3])
-        width, last = (_all_lanes(builder, builder.trunc(value, _INT)) for value in args[3:5])
-        place = builder.add(builder.mul(y, width), x)
-        inside = builder.icmp_unsigned("<", place, last)  # negative ones are large
-        place = builder.select(inside, place, last)
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        # llvmlite's `gep` takes no vector of indices: addresses are added up as numbers.
-        long = ir.VectorType(_LONG, LANES)
-        bytes_ = builder.shl(builder.zext(place, long), ir.Constant(long, [2] * LANES))
-        start = _all_lanes(builder, builder.ptrtoint(data, _LONG))
-        addresses = builder.inttoptr(builder.add(start, bytes_), ir.VectorType(data.type, LANES))
-        mask, value = ir.VectorType(ir.IntType(1), LANES), ir.VectorType(_FLOAT, LANES)
-        kind = ir.FunctionType(value, [addresses.type, _INT, mask, value])
-        gather = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.gather.v8f32.v8p0")
-        every, nothing = ir.Constant(mask, [1] * LANES), ir.Constant(value, ir.Undefined)
-        return builder.call(gather, [addresses, ir.Constant(_INT, 4), every, nothing])
-
-    return f32x8(array, f32x8, f32x8, numba.int64, numba.int64), codegen
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)

@@ -17,6 +17,7 @@ from l2m_viz._simd import (
     LANES,
     floor,
     greater,
+    load_at,
     load_column,
     maximum,
     minimum,
@@ -25,7 +26,6 @@ from l2m_viz._simd import (
     store_column,
     where_greater,
 )
-from l2m_viz.lifting._relight import load_at
 
 _FAST = {"contract", "nsz", "arcp"}
 _ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)

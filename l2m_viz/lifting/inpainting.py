@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from l2m_viz.data.images import require_image, resize_image, to_uint8
+from l2m_viz.data.images import cut_to, require_image, resize_image, to_uint8
 from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError
 from l2m_viz.lifting.networks import (
     INSTALL,
@@ -92,7 +92,7 @@ def fill_holes(
         invented = _continued(view.image, view.hole_mask)
     elif method == "background":
         assert background is not None
-        invented = _covering(background, view.hole_mask)
+        invented = cut_to(background.float(), (view.image.shape[0], view.image.shape[1]))
     else:
         invented = _diffused(view, DIFFUSION_NETWORKS[method], num_steps, generator)
     image = torch.where(view.hole_mask[..., None], invented.to(view.image), view.image)
@@ -127,15 +127,6 @@ def _continued(image: Float[Tensor, "h w 3"], hole_mask: Bool[Tensor, "h w"]) ->
     holes = hole_mask.numpy().astype(np.uint8)
     smear = cv2.inpaint(to_uint8(image), holes, _TELEA_RADIUS, cv2.INPAINT_TELEA)
     return torch.from_numpy(smear).float() / 255
-
-
-def _covering(photo: Float[Tensor, "h2 w2 3"], hole_mask: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
-    """Crop the middle of a photo to the view's aspect and resize it to the view."""
-    height, width = hole_mask.shape
-    scale = max(height / photo.shape[0], width / photo.shape[1])
-    rows, columns = (max(1, round(side / scale)) for side in (height, width))
-    top, left = (photo.shape[0] - rows) // 2, (photo.shape[1] - columns) // 2
-    return resize_image(photo[top : top + rows, left : left + columns].float(), (height, width))
 
 
 def _diffused(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from l2m_viz.data.download import Progress
 from l2m_viz.data.files import atomic_write
 from l2m_viz.encoders.weights import (
     DINOV2_VITL14,
@@ -19,6 +18,7 @@ from l2m_viz.encoders.weights import (
 )
 from l2m_viz.geometry import HW
 from l2m_viz.matching.network import DenseNetwork, VGGDinoEncoder, official_cfg
+from l2m_viz.progress import Progress
 
 _ROMA = "https://github.com/Parskatt/storage/releases/download/roma"
 _L2MPP = "https://huggingface.co/datasets/Liangyingping/L2Mpp-checkpoints/resolve/main"

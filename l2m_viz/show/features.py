@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -36,7 +35,9 @@ def compare_encoders(encoders: Sequence[tuple[str, Encoder]], pair: EvalPair, lo
     image_A, image_B = (fit_long_side(image, long_side) for image in (pair.image_A, pair.image_B))
     seen = _nearest(pair.covisibility_A_to_B, _hw(image_A))
     told = {name: (encoder(image_A), encoder(image_B)) for name, encoder in encoders}
-    bases = _bases([features for both in told.values() for features in both])
+    bases = FeaturePCA.fit_by_width(
+        (features for both in told.values() for features in both), num_components=3
+    )
     rows = [Panel(pair.title, image_A), Panel("from elsewhere", image_B), Panel("seen by both", seen, "mask")]
     for name, (of_A, of_B) in told.items():
         pca = bases[of_A.shape[-1]]
@@ -72,14 +73,6 @@ def feature_distance(
     there = sample_image(features_B, sample_image(pair.warp_A_to_B, centers))
     seen = sample_image(pair.covisibility_A_to_B.float(), centers) > 1 - 1e-5
     return 1 - F.cosine_similarity(features_A, there, dim=-1), seen
-
-
-def _bases(maps: Sequence[Tensor]) -> dict[int, FeaturePCA]:
-    """A basis for each width."""
-    rows: dict[int, list[Tensor]] = {}
-    for features in maps:
-        rows.setdefault(features.shape[-1], []).append(features.flatten(0, 1))
-    return {width: FeaturePCA.fit(torch.cat(some), num_components=3) for width, some in rows.items()}
 
 
 def _nearest(mask: Bool[Tensor, "h w"], hw: HW) -> Bool[Tensor, "h2 w2"]:

@@ -72,12 +72,11 @@ def matches(
     matches: Matches,
     *,
     num: int = 150,
-    errors_px: Float[Tensor, " n"] | None = None,
     title: str = "",
 ) -> Figure:
     """Draw two images side by side with lines between matched points.
 
-    At most ``num`` lines, evenly spread over the list; the colour is the error in pixels if given, else the certainty.
+    At most ``num`` lines, evenly spread over the list; the colour is the certainty.
     """
     gap = image_A.shape[1] // 40
     height = max(image_A.shape[0], image_B.shape[0])
@@ -95,20 +94,16 @@ def matches(
         shown = torch.linspace(0, len(matches) - 1, min(num, len(matches))).long()
         ends_A = matches.points_A[shown]
         ends_B = matches.points_B[shown] + torch.tensor([float(image_A.shape[1] + gap), 0.0])
-        values = matches.certainty[shown] if errors_px is None else errors_px[shown]
-        kind = "certainty" if errors_px is None else "error"
         lines = LineCollection(
             list(torch.stack([ends_A, ends_B], dim=1).numpy()),
-            array=values.numpy(),
-            cmap=COLOR_MAPS[kind] if kind == "certainty" else "turbo",
+            array=matches.certainty[shown].numpy(),
+            cmap=COLOR_MAPS["certainty"],
             linewidths=0.8,
             alpha=0.8,
         )
-        lines.set_clim(*((0, 1) if errors_px is None else (0, 5)))
+        lines.set_clim(0, 1)
         axis.add_collection(lines)
-        figure.colorbar(
-            lines, ax=axis, label="certainty" if errors_px is None else "error (px)", fraction=0.02
-        )
+        figure.colorbar(lines, ax=axis, label="certainty", fraction=0.02)
     drawn = min(num, len(matches))
     lines_drawn = f"{drawn} matches" if drawn == len(matches) else f"{drawn} of {len(matches)} matches"
     axis.set_title(f"{title}: {lines_drawn}" if title else lines_drawn, fontsize=10)

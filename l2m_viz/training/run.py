@@ -8,6 +8,7 @@ every batch, gradients are averaged, and the first one writes.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -264,6 +265,11 @@ def start_accelerator(device: str) -> "Accelerator":
     return Accelerator(
         cpu=device == "cpu", mixed_precision="no"
     )  # the trainings say themselves where bfloat16 is safe
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that torchrun or `accelerate launch` started; known before they meet."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def run_loop(

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from l2m_viz.data.images import resize_image
+from l2m_viz.data.images import cut_to
 from l2m_viz.errors import ImageError, L2MError
 from l2m_viz.geometry import HW
 from l2m_viz.lifting import View
@@ -144,17 +143,6 @@ class _SceneMaker(Dataset[tuple[list[View] | None, dict[str, str]]]):
         except ImageError as error:
             skipped[photo] = str(error)
             return None
-
-
-def cut_to(image: Float[Tensor, "h w 3"], hw: HW) -> Float[Tensor, "h2 w2 3"]:
-    """The largest middle part of the shape of ``hw``, resized to it."""
-    height, width = image.shape[:2]
-    scale = min(height / hw[0], width / hw[1])
-    rows, columns = (
-        max(1, min(full, round(side * scale))) for side, full in zip(hw, (height, width), strict=True)
-    )
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return resize_image(image[top : top + rows, left : left + columns], hw)
 
 
 def _as_is(

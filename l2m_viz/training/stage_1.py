@@ -103,7 +103,7 @@ def train_stage_1(
         begin_from: Weights of a 2D encoder to make 3D-aware; then none is trained.
         val_photos: Other photos, whose pairs judge the averaged weights as training goes.
         report: Shown every logged line of numbers.
-        say: Told what begins and what was written.
+        say: Told by the main process what begins.
         device: Where the encoder lives.
 
     Raises:
@@ -113,6 +113,7 @@ def train_stage_1(
     """
     started, written = time.monotonic(), []
     accelerator = start_accelerator(device)
+    tell = say if accelerator.is_main_process else lambda _: None
 
     def publish(source: Path, name: str) -> Path:
         """Copy a run's weights beside the runs: one process does, all find them there."""
@@ -130,17 +131,19 @@ def train_stage_1(
         if cfg.pretraining is None:
             todo = "name a file of its published weights to begin from"
             raise L2MError(f"2D encoder of {cfg.name}", expected="its weights", got="none", todo=todo)
-        say(f"2D encoder: {out / '2d'}")
+        tell(f"2D encoder: {out / '2d'}")
         pretraining = replace(cfg.pretraining, run=replace(cfg.pretraining.run, minutes=left()))
         pretrain_encoder(photos, out / "2d", pretraining, val_photos=val_photos, report=report, device=device)
         written.append(publish(out / "2d", f"{cfg.name}-2d"))
         steps = int(read_weights(written[-1])[1]["steps"])
         if cfg.stage == "both" and steps < pretraining.run.steps:
-            say(f"the 2D encoder has {steps} of {pretraining.run.steps} steps; run the same command to go on")
+            tell(
+                f"the 2D encoder has {steps} of {pretraining.run.steps} steps; run the same command to go on"
+            )
             return written
     if cfg.stage != "2d":
         teacher = begin_from if begin_from is not None else _made_before(out / f"{cfg.name}-2d.safetensors")
-        say(f"3D-aware encoder: {out / '3d'}")
+        tell(f"3D-aware encoder: {out / '3d'}")
         training = replace(cfg.training, run=replace(cfg.training.run, minutes=left()))
         train_encoder(
             photos, out / "3d", teacher, training, val_photos=val_photos, report=report, device=device

@@ -20,7 +20,7 @@ import skimage.color
 import torch
 from PIL import ImageFile
 
-from l2m_viz.data import fit_long_side, read_image, resize_image, to_uint8, write_image
+from l2m_viz.data import cut_to, fit_long_side, read_image, resize_image, to_uint8, write_image
 from l2m_viz.data.images import MAX_PIXELS
 from l2m_viz.errors import ImageError, L2MError, ShapeError
 
@@ -689,6 +689,13 @@ def test_resize_keeps_constants_and_range():
         resize_image(torch.zeros(4, 5, 3), (0, 5))
     with pytest.raises(ShapeError):
         unchecked(resize_image)(torch.zeros(3, 4, 5), (2, 2))
+
+
+def test_photos_are_cut_not_squeezed():
+    ramp = torch.linspace(0, 1, 200)[None, :, None].expand(100, 200, 3).contiguous()
+    square = cut_to(ramp, (50, 50))  # the middle 100 columns at half the size
+    expected = (50.5 + 2 * torch.arange(50.0)) / 199
+    torch.testing.assert_close(square[25, :, 0], expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

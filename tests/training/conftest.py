@@ -23,7 +23,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def in_two_processes(tmp_path):
-    """Run a script, which may import from `tests`, by two processes on this CPU.
+    """Run a script, which may import from `tests`, by two processes on this CPU; return what they print.
 
     torchrun starts them, as `accelerate launch` does on several GPUs.
     """
@@ -32,11 +32,12 @@ def in_two_processes(tmp_path):
     found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(found)}
 
-    def run(script: str, *arguments: object) -> None:
+    def run(script: str, *arguments: object) -> str:
         file = tmp_path / "script.py"
         file.write_text(script)
         command = [*launcher, str(file), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
 
     return run

@@ -255,7 +255,8 @@ torch.save(state["step"], out / f"step_{start_accelerator('cpu').process_index}.
 
 def test_two_processes_make_one_stage_1(photos, tmp_path, in_two_processes):
     out = tmp_path / "run"
-    in_two_processes(_TRAINING, photos, out)
+    printed = in_two_processes(_TRAINING, photos, out)
+    assert printed.count("2D encoder: ") == printed.count("3D-aware encoder: ") == 1
     for process in range(2):
         assert torch.load(out / f"step_{process}.pt", weights_only=True) == 2
     state, meta = read_weights(out / "small.safetensors")
