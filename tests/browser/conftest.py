@@ -57,7 +57,7 @@ def page(browser):
     """A fresh page of 1280x900 px; a JavaScript error on it fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.add_init_script(_FEW_FRAMES)
-    context.set_default_timeout(120_000)  # another process of tests may have the processor
+    context.set_default_timeout(150_000)  # a click waits for frames, which others may keep from coming
     page = context.new_page()
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))

@@ -50,9 +50,6 @@ def viewer(serve, page, tmp_path):
         "request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else foreign.append(r.url)
     )
     page.set_viewport_size({"width": 720, "height": 420})
-    page.set_default_timeout(
-        150_000
-    )  # a click waits for two frames, which others may keep the processor from
     page.goto(address)
     page.locator(
         ".mantine-Notification-closeButton"
