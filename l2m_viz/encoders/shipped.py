@@ -84,9 +84,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             meta = json.loads((file.metadata() or {}).get("l2m_viz", "{}"))
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
-        raise FileFormatError(
-            f"no such file {path}", todo="check the path or install the package again"
-        ) from error
+        ships = Path(path).resolve().parent == _FOLDER.resolve()
+        todo = "it ships with the package: install it again" if ships else "check the path"
+        raise FileFormatError(f"no such file {path}", todo=todo) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise FileFormatError(f"cannot read {path}", expected="safetensors", got=str(error)) from error
     return _decoded(stored, path), meta

@@ -82,6 +82,13 @@ def test_without_8_bits_weights_are_in_half_precision(pyramid, tmp_path):
         )
 
 
+def test_absent_files_say_whose_they_are(tmp_path):
+    with pytest.raises(FileFormatError, match="Check the path"):
+        read_weights(tmp_path / "mine.safetensors")
+    with pytest.raises(FileFormatError, match="ships with the package"):
+        read_weights(Shipped.named("gone.safetensors").path)
+
+
 def test_integers_without_scales_are_refused(file, tmp_path):
     stored = load_file(file)
     name = next(key for key in stored if key.endswith(":scale"))
