@@ -189,6 +189,7 @@ def train_tiny_matcher(
         encoder: Weights of stage 1 to start the encoder from; of the preset "official", its DINOv2.
         device: "auto" is the GPU if torch sees one.
     """
+    begin = read_weights(begin_from)[0] if begin_from else None
     if begin_from and is_main_process() and not (out / "checkpoint.pt").is_file():
         print(f"begins from {begin_from}: its averaged weights, a new optimiser, and a warm-up")
     official = options.preset == "official"
@@ -200,7 +201,7 @@ def train_tiny_matcher(
         out,
         options.applied_to(PRESETS[options.preset]()),
         val_photos=val_photos,
-        begin_from=read_weights(begin_from)[0] if begin_from else None,
+        begin_from=begin,
         encoder=published_encoder(encoder) if official else own,
         validate=Validation(pairs, out / "validation") if pairs and not official else None,
         report=print_numbers,

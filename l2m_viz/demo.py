@@ -22,7 +22,7 @@ from l2m_viz.data import atomic_write, remove_file, to_uint8, write_image, write
 from l2m_viz.encoders import FeaturePCA, load_encoder
 from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import compare_with_truth, end_point_error, psnr, ssim
-from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, Render, rasterize
+from l2m_viz.gaussians import HOLE_ALPHA, Gaussians, rasterize
 from l2m_viz.geometry import HW, normalized_grid, relative_pose, sample_image, sample_warp
 from l2m_viz.lifting import NEAR, LiftedScene, View, orbit_cameras, warp_from_depth
 from l2m_viz.matching import Match, load_matcher
@@ -31,8 +31,6 @@ from l2m_viz.progress import Progress
 from l2m_viz.show import figures
 from l2m_viz.show.figures import Panel
 from l2m_viz.show.report import Number, Picture, Section, write_report
-
-"""Called with the share of the work done, 0 to 1, and what is being done next."""
 
 # The network that ships with the package, and two classical methods to compare it with.
 _MATCHERS = ("l2m-tiny", "dis", "sift")
@@ -163,7 +161,7 @@ def _splat_stage(photo: LiftedPhoto, view: View, cfg: DemoCfg) -> _Stage:
         Panel("splatted depth", render.depth, "depth", drawn, f"depth ({photo.length_unit})"),
         Panel("alpha", render.alpha, "certainty", label="accumulated opacity"),
         Panel("features of photo A (PCA)", _photo_feature_colors(scene.image, cfg.encoder, pca)),
-        Panel("splatted features (same PCA)", _splatted_feature_colors(render, pca), mask=drawn),
+        Panel("splatted features (same PCA)", pca.colors(render.mean_features), mask=drawn),
     ]
     caption = (
         f"The Gaussians from camera B, with features of {cfg.encoder}. Equal colour means equal feature in the photo"
@@ -188,12 +186,6 @@ def _photo_feature_colors(
     return sample_image(small, normalized_grid((image.shape[0], image.shape[1])))
 
 
-def _splatted_feature_colors(render: Render, pca: FeaturePCA) -> Float[Tensor, "h w 3"]:
-    """Colours of the mean feature in each pixel, not of the sum: zero is a feature too, and no background."""
-    assert render.features is not None
-    return pca.colors(render.features[..., :3] / render.alpha[..., None].clamp(min=1e-10))
-
-
 def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoCfg) -> bytes:
     """Animated WebP of colour beside feature colours, at half size."""
     half: HW = (max(1, scene.hw[0] // 2), max(1, scene.hw[1] // 2))
@@ -201,7 +193,7 @@ def _orbit(gaussians: Gaussians, pca: FeaturePCA, scene: LiftedScene, cfg: DemoC
     for camera in orbit_cameras(scene, cfg.orbit_frames, cfg.orbit_radius):
         render = rasterize(gaussians, camera.resized(half), near=NEAR * scene.unit)
         visible = (render.alpha > HOLE_ALPHA)[..., None]
-        both = torch.cat([render.color, _splatted_feature_colors(render, pca) * visible], dim=1)
+        both = torch.cat([render.color, pca.colors(render.mean_features) * visible], dim=1)
         frames.append(Image.fromarray(to_uint8(both)))
     buffer = io.BytesIO()
     frames[0].save(

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-Progress = Callable[[float, str], None]  # share done in [0, 1], and of what
+Progress = Callable[[float, str], None]
+"""Called with the share of the work done, 0 to 1, and what is being done next."""
 
 
 @contextmanager

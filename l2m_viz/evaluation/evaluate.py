@@ -16,8 +16,6 @@ from l2m_viz.matching.match import Match
 from l2m_viz.matching.matcher import Matcher
 from l2m_viz.progress import Progress
 
-"""Called with the share of the work done, 0 to 1, and what is being done next."""
-
 
 @dataclass(frozen=True)
 class EvalPair:

@@ -15,6 +15,7 @@ from l2m_viz.gaussians.spherical_harmonics import evaluate_colors
 from l2m_viz.geometry import Camera
 
 HOLE_ALPHA = 0.5  # a pixel with less accumulated opacity than this counts as a hole
+_EMPTY = 1e-10  # alpha of a pixel where nothing was drawn, that one may divide by
 Backend = Literal["auto", "reference", "cpu", "gsplat"]
 # Each draws on one kind of device.
 _BACKENDS = {
@@ -39,6 +40,17 @@ class Render:
     features: Float[Tensor, "*cameras h w d"] | None
     depth: Float[Tensor, "*cameras h w"]
     alpha: Float[Tensor, "*cameras h w"]
+
+    @property
+    def mean_features(self) -> Float[Tensor, "*cameras h w d"]:
+        """Mean feature of what each pixel shows, sum(w f) / alpha; half a feature is another feature.
+
+        Raises:
+            ShapeError: the Gaussians carry no features.
+        """
+        if self.features is None:
+            raise ShapeError("mean_features", expected="Gaussians with features", got="none")
+        return self.features / self.alpha[..., None].clamp(min=_EMPTY)
 
 
 def rasterize(
@@ -93,7 +105,7 @@ def rasterize(
         if background is not None:
             color = color + (1 - alpha)[..., None] * background.to(color)
         features = None if features is None else features.to(home)
-        depth = depth / alpha.clamp(min=1e-10)
+        depth = depth / alpha.clamp(min=_EMPTY)
         renders.append(Render(color.to(home), features, depth.to(home), alpha.to(home)))
     return _stack(renders) if isinstance(camera, list) else renders[0]
 

@@ -168,7 +168,7 @@ def novel_view(
 ) -> NovelView:
     """Rasterize Gaussians, colour the result by mode, and draw its holes as magenta and grey stripes.
 
-    Features and similarity are the means in each pixel, sum(w f) / alpha, as half a feature is another feature.
+    Features and similarity are the means in each pixel, see `Render.mean_features`.
 
     ``near`` is the nearest drawn depth in world units; give `NEAR` times the scene's unit where it is known. For the
     other arguments see `gaussian_colors`.
@@ -193,7 +193,7 @@ def novel_view(
     elif render.features is None:
         image = render.color.clamp(0, 1)
     else:
-        mean = render.features / render.alpha[..., None].clamp(min=1e-10)
+        mean = render.mean_features
         image = colorize(mean[..., 0], "similarity") if mode == "similarity" else _feature_colors(mean, pca)
     return NovelView(torch.where(hole[..., None], hatch(*camera.hw), image), render.depth, hole, limits)
 
