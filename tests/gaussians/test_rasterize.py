@@ -54,6 +54,20 @@ def test_two_wide_layers_blend_front_to_back_over_the_background(backend, camera
     assert render.depth[20, 30].item() == pytest.approx((0.25 * 2 + 0.375 * 5) / 0.625, abs=1e-2)
 
 
+def test_the_mean_of_features_does_not_fade_where_gaussians_do(camera_at):
+    layers = _gaussians(
+        [[0, 0, 5.0], [0, 0, 2.0]],
+        [[1e3] * 3] * 2,
+        [0.5, 0.25],
+        features=torch.tensor([[8.0, 2.0], [3.0, 2.0]]),
+    )
+    mean = rasterize(layers, camera_at()).mean_features[20, 30]
+    expected = torch.tensor([(0.25 * 3 + 0.375 * 8) / 0.625, 2.0])
+    torch.testing.assert_close(mean, expected, atol=1e-2, rtol=0)
+    with pytest.raises(ShapeError, match="Gaussians with features"):
+        _ = rasterize(_gaussians([[0, 0, 2.0]], [[1.0] * 3], [0.5]), camera_at()).mean_features
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_alpha_is_capped_and_the_last_gaussian_is_not_drawn(backend, camera_at):
     # opacity 1 is capped to 0.999: T = 1e-3 after one layer; the second would bring it to 1e-6 and ends the pixel
