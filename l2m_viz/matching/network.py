@@ -18,6 +18,7 @@ from l2m_viz.encoders.vgg import VGG19Cfg, VGG19Pyramid
 from l2m_viz.geometry import HW
 from l2m_viz.matching.attention import AttentionCoarse, AttentionCoarseCfg
 from l2m_viz.matching.gp import GPCoarse, GPCoarseCfg
+from l2m_viz.matching.propagation import propagate
 from l2m_viz.matching.refiner import Refiner, RefinerCfg
 from l2m_viz.matching.stages import StageOutput
 
@@ -139,7 +140,9 @@ class DenseNetwork(nn.Module):
         features_A, features_B = self._encode_pair(image_A, image_B, coarse=False)
         strides = [refiner.stride for refiner in self.cfg.refiners if refiner.stride < self.cfg.coarse.stride]
         sizes = (_hw(image_A), _hw(image_B))
-        return self._refine_pair(features_A, features_B, start, sizes, strides, scale_factor)
+        return self._refine_pair(
+            features_A, features_B, start, sizes, strides, scale_factor, second_pass=True
+        )
 
     def refine(
         self,
@@ -151,6 +154,7 @@ class DenseNetwork(nn.Module):
         *,
         strides: list[int],
         scale_factor: float = 1.0,
+        second_pass: bool = False,
     ) -> list[StageOutput]:
         """Refine one direction's warp at these strides; gradients are cut between the stages, as in RoMa.
 
@@ -162,12 +166,15 @@ class DenseNetwork(nn.Module):
             hw_B: Size of the network's input B in pixels, the unit of what the refiners say.
             strides: Which refiners run, in order.
             scale_factor: See `Refiner.forward`.
+            second_pass: Whether the warp may be propagated, see `RefinerCfg.propagation`.
         """
         stages: list[StageOutput] = []
         for stride in strides:
             refiner: Refiner = self.refiners[str(stride)]  # pyright: ignore[reportAssignmentType]
             size = features_A[stride].shape[-2:]
             warp, certainty_logit = _resize(warp.detach(), size), _resize(certainty_logit.detach(), size)
+            if second_pass and refiner.cfg.propagation is not None:
+                warp = propagate(features_A[stride], features_B[stride], warp, refiner.cfg.propagation)
             delta, delta_logit = refiner(features_A[stride], features_B[stride], warp, scale_factor)
             displacement = delta * _unit(refiner.cfg, hw_B, delta)
             warp, certainty_logit = warp + displacement, certainty_logit + delta_logit
@@ -209,6 +216,7 @@ class DenseNetwork(nn.Module):
         sizes: tuple[HW, HW],
         strides: list[int],
         scale_factor: float,
+        second_pass: bool = False,
     ) -> tuple[list[StageOutput], list[StageOutput]]:
         """Both directions, stacked in one batch if the images have one size."""
         (there, back), (hw_A, hw_B) = start, sizes
@@ -216,11 +224,11 @@ class DenseNetwork(nn.Module):
             return (
                 self.refine(
                     features_A, features_B, there.warp, there.certainty_logit, hw_B,
-                    strides=strides, scale_factor=scale_factor,
+                    strides=strides, scale_factor=scale_factor, second_pass=second_pass,
                 ),
                 self.refine(
                     features_B, features_A, back.warp, back.certainty_logit, hw_A,
-                    strides=strides, scale_factor=scale_factor,
+                    strides=strides, scale_factor=scale_factor, second_pass=second_pass,
                 ),
             )  # fmt: skip
         stages: list[StageOutput] = []
@@ -230,8 +238,9 @@ class DenseNetwork(nn.Module):
             stacked = {stride: torch.cat([features_A[stride], features_B[stride]])}
             swapped = {stride: torch.cat([features_B[stride], features_A[stride]])}
             stages += self.refine(
-                stacked, swapped, warp, logit, hw_B, strides=[stride], scale_factor=scale_factor
-            )
+                stacked, swapped, warp, logit, hw_B,
+                strides=[stride], scale_factor=scale_factor, second_pass=second_pass,
+            )  # fmt: skip
             warp, logit = stages[-1].warp, stages[-1].certainty_logit
         halves = [_split(stage) for stage in stages]
         return [a for a, _ in halves], [b for _, b in halves]

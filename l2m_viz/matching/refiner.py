@@ -11,6 +11,7 @@ from l2m_viz.encoders.folding import conv_norm, fold
 from l2m_viz.geometry import HW, normalized_grid
 from l2m_viz.matching.depthwise import DepthwiseConv2d
 from l2m_viz.matching.local_correlation import is_traced, local_correlation
+from l2m_viz.matching.propagation import PropagationCfg
 
 _BATCH_NORM_MOMENTUM = 0.01  # RoMa's
 # RoMa embeds the displacement in units of a 32nd of the coarsest training size, 40 cells of 14 px.
@@ -31,6 +32,7 @@ class RefinerCfg:
         kernel: Side of the depth-wise convolutions.
         reach: An output of 1 moves the warp by reach / 8 px of the network's input; None: the stride. RoMa counts its
             grid of 14 px as 16.
+        propagation: What happens to the warp before this refiner in a second pass; None: nothing, as in RoMa.
     """
 
     stride: int
@@ -40,6 +42,7 @@ class RefinerCfg:
     blocks: int = 8
     kernel: int = 5
     reach: int | None = None
+    propagation: PropagationCfg | None = None
 
 
 class Refiner(nn.Module):

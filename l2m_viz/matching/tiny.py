@@ -16,6 +16,7 @@ from l2m_viz.geometry import HW
 from l2m_viz.matching.attention import AttentionCoarseCfg
 from l2m_viz.matching.matcher import Precision
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
+from l2m_viz.matching.propagation import PropagationCfg
 from l2m_viz.matching.refiner import RefinerCfg
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def tiny_cfg() -> NetworkCfg:
         refiners=(
             RefinerCfg(stride=8, displacement_dim=16, radius=4, hidden=96, blocks=4),
             RefinerCfg(stride=4, displacement_dim=16, radius=2, hidden=64, blocks=3),
-            RefinerCfg(stride=2, displacement_dim=8, hidden=40, blocks=2),
+            RefinerCfg(stride=2, displacement_dim=8, hidden=40, blocks=2, propagation=PropagationCfg()),
         ),
         projections=((8, 64), (4, 32), (2, 16)),
     )
@@ -49,7 +50,7 @@ def base_cfg() -> NetworkCfg:
         refiners=(
             RefinerCfg(stride=8, displacement_dim=32, radius=4, hidden=256, blocks=6),
             RefinerCfg(stride=4, displacement_dim=32, radius=2, hidden=128, blocks=6),
-            RefinerCfg(stride=2, displacement_dim=16, hidden=64, blocks=4),
+            RefinerCfg(stride=2, displacement_dim=16, hidden=64, blocks=4, propagation=PropagationCfg()),
         ),
         projections=((8, 128), (4, 64), (2, 32)),
     )

@@ -10,6 +10,7 @@ from l2m_viz.lifting.synthesis import SynthesisCfg
 from l2m_viz.matching.network import official_cfg
 from l2m_viz.matching.tiny import base_cfg, tiny_cfg
 from l2m_viz.training.losses import MatcherLossCfg
+from l2m_viz.training.occluders import OccluderCfg
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.rims import RimCfg
 from l2m_viz.training.run import RunCfg
@@ -33,6 +34,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
             views=ViewSamplerCfg(roll_deg=(0.0, 30.0)),
         ),
         rims=RimCfg(share=0.2),
+        occluders=OccluderCfg(share=0.4),
         # A share of 0.01, RoMa's, is for networks that train for millions of pairs.
         loss=MatcherLossCfg(certainty_weight=0.05),
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=4000),
@@ -69,6 +71,7 @@ def official_matcher() -> MatcherTrainingCfg:
         run=RunCfg(steps=250_000, lr=4e-4, warmup_steps=1000, cooldown=0.1, max_grad_norm=0.01),
         pairs=tiny_matcher().pairs,
         rims=tiny_matcher().rims,
+        occluders=tiny_matcher().occluders,
         loss=MatcherLossCfg(soft_anchors=False),
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=20_000),
         batch_size=32,

@@ -18,6 +18,7 @@ from l2m_viz.matching.stages import StageOutput
 from l2m_viz.matching.tiny import save_weights
 from l2m_viz.training.augment import AugmentCfg, augment
 from l2m_viz.training.losses import MatcherLossCfg, StageLoss, matcher_losses, reduce_losses
+from l2m_viz.training.occluders import OccluderCfg, with_occluders
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.rims import RimCfg, with_rims
 from l2m_viz.training.run import RunCfg, TrainingRun, run_loop, start_accelerator
@@ -51,6 +52,7 @@ class MatcherTrainingCfg:
     run: RunCfg = field(default_factory=RunCfg)
     pairs: PairCfg = field(default_factory=lambda: PairCfg(holes="background"))
     rims: RimCfg = field(default_factory=RimCfg)
+    occluders: OccluderCfg = field(default_factory=OccluderCfg)
     augment: AugmentCfg = field(default_factory=AugmentCfg)
     loss: MatcherLossCfg = field(default_factory=MatcherLossCfg)
     curriculum: Curriculum = field(default_factory=Curriculum)
@@ -143,7 +145,7 @@ def train_matcher(
         network.train()
         for part in frozen:
             part.eval()
-        batch = with_rims(batches.next(number), cfg.rims)
+        batch = with_rims(with_occluders(batches.next(number), cfg.occluders), cfg.rims)
         image_A, image_B = _images(batch, cfg, device)
         batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
         with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):

@@ -1,12 +1,14 @@
 """The whole network: the official decoder's numbers, the official names, sizes, symmetry and gradients."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
@@ -15,6 +17,7 @@ from l2m_viz.encoders.vgg import VGG19Cfg
 from l2m_viz.matching.attention import AttentionCoarseCfg
 from l2m_viz.matching.gp import GPCfg, GPCoarseCfg
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg, VGGDinoCfg, official_cfg
+from l2m_viz.matching.propagation import PropagationCfg
 from l2m_viz.matching.refiner import RefinerCfg
 from l2m_viz.matching.transformer_decoder import TransformerCfg
 from l2m_viz.matching.weights import official_key
@@ -220,3 +223,24 @@ def test_the_refiners_may_see_the_first_pairs_only():
     torch.testing.assert_close(coarse.warp, all_of_them[0].warp)
     for stage, whole in zip(refined, all_of_them[1:], strict=True):
         torch.testing.assert_close(stage.warp, whole.warp[:2], atol=1e-5, rtol=1e-4)
+
+
+def test_a_warp_is_propagated_in_the_second_pass_only():
+    propagation = PropagationCfg(margin=0.0)
+    cfg = tiny_cfg()
+    with_it = replace(cfg, refiners=(*cfg.refiners[:2], replace(cfg.refiners[2], propagation=propagation)))
+    torch.manual_seed(0)
+    plain = DenseNetwork(cfg).eval()
+    other = DenseNetwork(with_it).eval()
+    other.load_state_dict(plain.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    image_A, image_B = (torch.rand(1, 3, *hw, generator=generator) for hw in ((64, 96), (48, 80)))
+    larger_A, larger_B = (F.interpolate(image, scale_factor=2) for image in (image_A, image_B))
+    with torch.no_grad():
+        (there, back), (there_too, back_too) = plain(image_A, image_B), other(image_A, image_B)
+        for stage, same in zip((*there, *back), (*there_too, *back_too), strict=True):
+            assert torch.equal(stage.warp, same.warp)
+        ups = [net.upsample(larger_A, larger_B, (there[-1], back[-1]), 2.0) for net in (plain, other)]
+    for stages, others in zip(*ups, strict=True):
+        assert torch.equal(stages[1].warp, others[1].warp)  # before it
+        assert not torch.equal(stages[2].warp, others[2].warp)

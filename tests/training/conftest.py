@@ -21,6 +21,33 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_batch():
+    """Make a batch of pairs of 48x64 px, one from each seed, stacked as the stream's are."""
+    import torch
+
+    from l2m_viz.data import load_sample
+    from l2m_viz.training.pairs import PairCfg, make_pair
+    from l2m_viz.training.stream import PairBatch
+
+    photo = load_sample("motorcycle").image_A[:200, :260]
+    apart = {"seeds", "difficulties", "photos", "backgrounds", "index"}
+
+    def make(count: int = 6) -> PairBatch:
+        pairs = [make_pair(photo, PairCfg(hw=(48, 64)), seed=seed) for seed in range(count)]
+        names = PairBatch.__annotations__.keys() - apart
+        return PairBatch(
+            **{name: torch.stack([getattr(pair, name) for pair in pairs]) for name in names},
+            seeds=torch.arange(count),
+            difficulties=torch.ones(count, dtype=torch.float64),
+            photos=("photo",) * count,
+            backgrounds=(None,) * count,
+            index=0,
+        )
+
+    return make
+
+
 @pytest.fixture
 def in_two_processes(tmp_path):
     """Run a script, which may import from `tests`, by two processes on this CPU; return what they print.

@@ -3,35 +3,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from l2m_viz.data import load_sample
 from l2m_viz.errors import L2MError
 from l2m_viz.geometry import normalized_grid, to_pixel
-from l2m_viz.training.pairs import PairCfg, make_pair
 from l2m_viz.training.rims import RimCfg, Rims, sample_rims, with_rims
-from l2m_viz.training.stream import PairBatch
 
 ALWAYS = RimCfg(share=1.0, same=0.5, black=0.5)
 
 
-def _batch(count=6):
+@pytest.fixture
+def white_batch(make_batch):
     """Pairs whose images are wholly white, so that every dark pixel is a rim's."""
-    photo = load_sample("motorcycle").image_A[:200, :260]
-    pairs = [make_pair(photo, PairCfg(hw=(48, 64)), seed=seed) for seed in range(count)]
-    names = [
-        name
-        for name in PairBatch.__annotations__
-        if name not in {"seeds", "difficulties", "photos", "backgrounds", "index"}
-    ]
-    stacked = {name: torch.stack([getattr(pair, name) for pair in pairs]) for name in names}
-    white = dict.fromkeys(("image_A", "image_B"), torch.ones(count, 48, 64, 3))
-    return PairBatch(
-        **stacked | white,
-        seeds=torch.arange(count),
-        difficulties=torch.ones(count, dtype=torch.float64),
-        photos=("photo",) * count,
-        backgrounds=(None,) * count,
-        index=0,
-    )
+    batch = make_batch()
+    return replace(batch, image_A=torch.ones_like(batch.image_A), image_B=torch.ones_like(batch.image_B))
 
 
 def test_a_straight_rim_covers_its_share_of_each_side():
@@ -53,9 +36,8 @@ def test_a_bowed_side_is_wider_or_narrower_at_its_ends():
         assert columns[0] == columns[-1] == pytest.approx(ends, abs=1 / 40)
 
 
-def test_nothing_below_a_rim_is_covisible_from_either_side():
-    before = _batch()
-    after = with_rims(before, ALWAYS)
+def test_nothing_below_a_rim_is_covisible_from_either_side(white_batch):
+    before, after = white_batch, with_rims(white_batch, ALWAYS)
     assert (before.covisibility_A_to_B & ~after.covisibility_A_to_B).any()
     for one, other in (("A", "B"), ("B", "A")):
         was, is_ = (getattr(batch, f"covisibility_{one}_to_{other}") for batch in (before, after))
@@ -69,8 +51,8 @@ def test_nothing_below_a_rim_is_covisible_from_either_side():
         assert (is_ != expected)[was].float().mean() < 0.03
 
 
-def test_colours_beyond_the_rim_and_the_geometry_stay():
-    before, after = _batch(), with_rims(_batch(), ALWAYS)
+def test_colours_beyond_the_rim_and_the_geometry_stay(white_batch):
+    before, after = white_batch, with_rims(white_batch, ALWAYS)
     assert set(after.image_A[..., 0].unique().tolist()) - {1.0}  # there is a rim
     for name in ("depth_A", "depth_B", "valid_A", "valid_B", "warp_A_to_B", "warp_B_to_A", "K_B", "T_A_to_B"):
         assert torch.equal(getattr(before, name), getattr(after, name))
@@ -93,9 +75,8 @@ def test_shares_are_kept():
     assert rims_A.width.max() <= 0.06 and rims_A.bow.abs().max() <= 0.05
 
 
-def test_without_rims_the_batch_is_the_same_object():
-    batch = _batch(2)
-    assert with_rims(batch, RimCfg()) is batch
+def test_without_rims_the_batch_is_the_same_object(white_batch):
+    assert with_rims(white_batch, RimCfg()) is white_batch
 
 
 @pytest.mark.parametrize("wrong", [{"share": 1.5}, {"black": float("nan")}, {"width": 0.3}, {"bow": -0.1}])
