@@ -27,7 +27,7 @@ class RandomPlanesCfg:
     """Ranges of the random geometry; disparity is 1 at the nearest point."""
 
     # Long side at which the photo is segmented, in pixels.
-    working_side: int = 256
+    working_side: int = 128
     # Seeds of the watershed.
     num_segments: tuple[int, int] = (6, 40)
     # Smallest disparity: the farthest thing is 1 / this as far as the nearest one.

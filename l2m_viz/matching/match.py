@@ -58,7 +58,7 @@ class Stage:
         certainty_A_to_B: Probability that it is right, so far.
         warp_B_to_A: The other direction.
         certainty_B_to_A: The other direction.
-        displacement: What a refiner added to ``warp_A_to_B``, normalised; None at the coarse stage.
+        displacement: What the stage added to ``warp_A_to_B``, normalised; None at the coarse stage.
         displacement_B_to_A: The other direction.
         anchor_probs: Probability of each of the gh x gw anchors in B, at the coarse stage only.
         anchor_probs_B_to_A: The other direction.

@@ -173,11 +173,12 @@ class DenseNetwork(nn.Module):
             refiner: Refiner = self.refiners[str(stride)]  # pyright: ignore[reportAssignmentType]
             size = features_A[stride].shape[-2:]
             warp, certainty_logit = _resize(warp.detach(), size), _resize(certainty_logit.detach(), size)
+            before = warp
             if second_pass and refiner.cfg.propagation is not None:
                 warp = propagate(features_A[stride], features_B[stride], warp, refiner.cfg.propagation)
             delta, delta_logit = refiner(features_A[stride], features_B[stride], warp, scale_factor)
-            displacement = delta * _unit(refiner.cfg, hw_B, delta)
-            warp, certainty_logit = warp + displacement, certainty_logit + delta_logit
+            warp = warp + delta * _unit(refiner.cfg, hw_B, delta)
+            certainty_logit, displacement = certainty_logit + delta_logit, warp - before
             stages.append(StageOutput(stride, warp, certainty_logit, displacement))
         return stages
 

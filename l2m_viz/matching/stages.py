@@ -16,7 +16,7 @@ class StageOutput:
         stride: Pixels of the network's input to a cell.
         warp: Absolute normalised (x, y) in the other image of every cell.
         certainty_logit: Logit of being covisible, summed over the stages so far (RoMa).
-        displacement: What a refiner added to the warp, normalised; None at the coarse stage.
+        displacement: What propagation and refiner added to the warp, normalised; None at the coarse stage.
         anchor_logits: Scores of the other image's anchors at the coarse stage, row by row, else None.
         anchor_hw: Rows and columns of the anchors.
     """

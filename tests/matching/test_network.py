@@ -244,3 +244,5 @@ def test_a_warp_is_propagated_in_the_second_pass_only():
     for stages, others in zip(*ups, strict=True):
         assert torch.equal(stages[1].warp, others[1].warp)  # before it
         assert not torch.equal(stages[2].warp, others[2].warp)
+        resized = F.interpolate(others[1].warp, others[2].warp.shape[-2:], mode="bilinear")
+        torch.testing.assert_close(others[2].warp, resized + others[2].displacement)
