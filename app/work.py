@@ -99,6 +99,7 @@ def warm_up(matcher: str) -> None:
     What is in the way, such as absent weights, is told to who presses Match.
     """
     sample = load_sample("motorcycle")
+    assert sample.image_B is not None
     with suppress(L2MError):
         _loaded(matcher).match(sample.image_A, sample.image_B)
 

@@ -261,5 +261,6 @@ def _color(image: Float[Tensor, "h w 3"], rng: np.random.Generator) -> Float[Ten
         shade = slopes[0] * y + slopes[1] * x.T
         return torch.from_numpy((base + shade[..., None]).clip(0, 1).astype(np.float32))
     gain, order = rng.uniform(0.4, 1.6, 3).astype(np.float32), rng.permutation(3)
-    turned = image.flip(0, 1).roll((rng.integers(height), rng.integers(width)), (0, 1))[..., order.copy()]
+    shifts = int(rng.integers(height)), int(rng.integers(width))
+    turned = image.flip(0, 1).roll(shifts, (0, 1))[..., order.copy()]
     return (turned * torch.from_numpy(gain)).clamp(0, 1)
