@@ -16,11 +16,11 @@ _ZERO, _INFINITE = np.float32(0), np.float32(np.inf)
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
-def propagate(units_A, units_B, targets, reaches, half, margin, min_move, out):
+def propagate(units_A, units_B, targets, asks, reaches, half, margin, min_move, out):
     """Fill ``out`` (b, h, w, 2) with each cell's own target or the best of its neighbours'.
 
     ``units_A`` (b, h, w, c) and ``units_B`` (b, h2 + 2, w2 + 2, c), in a frame of zeros, are vectors of length 1, c a
-    multiple of 8; targets are (x, y) in integer-centre cells of B.
+    multiple of 8; targets are (x, y) in integer-centre cells of B; ``asks`` (b, h, w) says which cells may change.
     """
     batch, height, width = targets.shape[:3]
     tiles = (height + _ROWS - 1) // _ROWS
@@ -38,25 +38,24 @@ def propagate(units_A, units_B, targets, reaches, half, margin, min_move, out):
                 best[row - first, column] = margin + _mean_around(scores, row - top, column, half)
         out[b, first:last] = targets[b, first:last]
         for reach in reaches:
-            for direction in range(9):
-                dy, dx = reach * (direction // 3 - 1), reach * (direction % 3 - 1)
-                if dy == 0 and dx == 0:
-                    continue
+            for dy, dx in ((-reach, 0), (0, -reach), (0, reach), (reach, 0)):
                 _continue_from(targets[b], units_B.shape, dy, dx, top, places)
-                if _mark_needed(places, targets[b], first, last, half, min_move, needed):
+                if _mark_needed(places, targets[b], asks[b], first, last, half, min_move, needed):
                     _score(units_A[b, top:bottom], units_B[b], places, needed, scores)
-                    _keep_better(places, targets[b], first, half, min_move, scores, best, out[b, first:last])
+                    _keep_better(
+                        places, targets[b], asks[b], first, half, min_move, scores, best, out[b, first:last]
+                    )
 
 
 @numba.njit(fastmath=_FAST)
 @no_type_check
-def _keep_better(places, targets, first, half, min_move, scores, best, out):
+def _keep_better(places, targets, asks, first, half, min_move, scores, best, out):
     """Take over the places that are far enough and agree better than the best so far."""
     skipped = first - max(0, first - half)  # rows that are there for the windows only
     for row in range(best.shape[0]):
         for column in range(best.shape[1]):
             place = places[skipped + row, column]
-            if _is_far(place, targets[first + row, column], min_move):
+            if asks[first + row, column] and _is_far(place, targets[first + row, column], min_move):
                 score = _mean_around(scores, skipped + row, column, half)
                 if score > best[row, column]:
                     best[row, column] = score
@@ -83,7 +82,7 @@ def _continue_from(targets, shape_B, dy, dx, top, places):
 
 @numba.njit
 @no_type_check
-def _mark_needed(places, targets, first, last, half, least, needed):
+def _mark_needed(places, targets, asks, first, last, half, least, needed):
     """Mark the cells whose score counts: those in the window of a cell of the task that would move far enough.
 
     Return whether there is any.
@@ -92,7 +91,7 @@ def _mark_needed(places, targets, first, last, half, least, needed):
     rows, columns = needed.shape
     for row in range(first - top, last - top):
         for column in range(columns):
-            if _is_far(places[row, column], targets[top + row, column], least):
+            if asks[top + row, column] and _is_far(places[row, column], targets[top + row, column], least):
                 any_far = True
                 for v in range(max(0, row - half), min(rows, row + half + 1)):
                     for u in range(max(0, column - half), min(columns, column + half + 1)):

@@ -175,7 +175,8 @@ class DenseNetwork(nn.Module):
             warp, certainty_logit = _resize(warp.detach(), size), _resize(certainty_logit.detach(), size)
             before = warp
             if second_pass and refiner.cfg.propagation is not None:
-                warp = propagate(features_A[stride], features_B[stride], warp, refiner.cfg.propagation)
+                maps = features_A[stride], features_B[stride]
+                warp = propagate(*maps, warp, certainty_logit, refiner.cfg.propagation)
             delta, delta_logit = refiner(features_A[stride], features_B[stride], warp, scale_factor)
             warp = warp + delta * _unit(refiner.cfg, hw_B, delta)
             certainty_logit, displacement = certainty_logit + delta_logit, warp - before

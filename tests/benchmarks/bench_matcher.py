@@ -70,11 +70,15 @@ def bench_propagation(benchmark, in_units, form):
         2, 2, *hw, generator=generator
     )
     warp[:, 0, 64:192, 88:264] += 0.1
+    logit = torch.zeros_like(warp[:, :1])  # every cell asks
     if form == "torch":
-        in_units("propagation in torch", lambda: _propagate_in_torch(a, b, warp, PropagationCfg()))
+        in_units(
+            "propagation in torch",
+            lambda: _propagate_in_torch(a, b, warp, logit[:, 0] == 0, PropagationCfg()),
+        )
     else:
         moved = 4 * (a.numel() + b.numel() + 2 * warp.numel())
-        in_units("propagation", lambda: propagate(a, b, warp), moved=moved, flops=0)
+        in_units("propagation", lambda: propagate(a, b, warp, logit), moved=moved, flops=0)
     _seconds[f"propagation in {form}"] = benchmark.stats.stats.median
     if "propagation in torch" in _seconds and form == "numba":
         benchmark.extra_info["ratio"] = _seconds["propagation in torch"] / _seconds["propagation in numba"]

@@ -226,7 +226,7 @@ def test_the_refiners_may_see_the_first_pairs_only():
 
 
 def test_a_warp_is_propagated_in_the_second_pass_only():
-    propagation = PropagationCfg(margin=0.0)
+    propagation = PropagationCfg(margin=0.0, asking=(0.0, 1.0))
     cfg = tiny_cfg()
     with_it = replace(cfg, refiners=(*cfg.refiners[:2], replace(cfg.refiners[2], propagation=propagation)))
     torch.manual_seed(0)

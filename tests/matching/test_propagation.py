@@ -14,6 +14,11 @@ HW, DTYPES = (30, 44), (torch.float32, torch.float64)  # the kernel, and torch o
 EDGE, HALO = 20, 5  # first column of the right surface; columns left of it that the warp gets wrong
 
 
+def _doubt(warp):
+    """Logits of a certainty at which every cell asks."""
+    return torch.zeros_like(warp[:, :1])
+
+
 def _cells(hw, dtype=torch.float32):
     """Normalised size (x, y) of a cell."""
     return torch.tensor([2 / hw[1], 2 / hw[0]], dtype=dtype).view(2, 1, 1)
@@ -40,7 +45,7 @@ def test_a_smeared_edge_becomes_sharp(dtype):
     smeared[..., EDGE - HALO : EDGE] = (
         grid + torch.tensor([-4.0, 0.0], dtype=dtype).view(2, 1, 1) * _cells(HW, dtype)
     )[..., EDGE - HALO : EDGE]
-    result = propagate(features_A, features_B, smeared)
+    result = propagate(features_A, features_B, smeared, _doubt(smeared))
     # not beside the border of the picture, where the window is half outside of what was copied
     inner = (..., slice(2, -3), slice(2, EDGE - 1))
     torch.testing.assert_close(result[inner], true[inner], atol=1e-5, rtol=0)
@@ -50,7 +55,7 @@ def test_a_smeared_edge_becomes_sharp(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_right_stays_as_it_is(dtype):
     features_A, features_B, true = _two_surfaces(dtype)
-    result = propagate(features_A, features_B, true)
+    result = propagate(features_A, features_B, true, _doubt(true))
     torch.testing.assert_close(
         result[..., 2:-3, 2 : EDGE - 1], true[..., 2:-3, 2 : EDGE - 1], atol=1e-6, rtol=0
     )
@@ -67,13 +72,12 @@ def test_an_affine_warp_is_continued_to_itself_whatever_the_features_say(dtype):
         slice(10, -10),
         slice(10, -10),
     )  # as far in as twice the largest reach: both neighbours exist
-    result = propagate(
-        features[0], features[1], warp, PropagationCfg(reaches=(2, 5), margin=0.0, min_move=1e-3)
-    )
+    cfg = PropagationCfg(reaches=(2, 5), margin=0.0, min_move=1e-3)
+    result = propagate(features[0], features[1], warp, _doubt(warp), cfg)
     torch.testing.assert_close(result[inner], warp[inner], atol=1e-6, rtol=0)
 
 
-def _by_definition(features_A, features_B, warp, cfg):
+def _by_definition(features_A, features_B, warp, certainty, cfg):
     """One cell, one candidate, one cell of its window at a time."""
     (h, w), (h2, w2) = features_A.shape[-2:], features_B.shape[-2:]
     units_A, units_B = F.normalize(features_A, dim=1), F.normalize(features_B, dim=1)
@@ -92,10 +96,12 @@ def _by_definition(features_A, features_B, warp, cfg):
         return (units_A[b, :, row, column] * sampled[0, :, 0, 0]).sum().item()
 
     out, half = warp.clone(), cfg.window // 2
-    steps = [(r * v, r * u) for r in cfg.reaches for v in (-1, 0, 1) for u in (-1, 0, 1) if u or v]
+    steps = [(r * v, r * u) for r in cfg.reaches for v, u in ((-1, 0), (0, -1), (0, 1), (1, 0))]
     for b in range(len(warp)):
         for row in range(h):
             for column in range(w):
+                if not cfg.asking[0] <= certainty[b, 0, row, column] <= cfg.asking[1]:
+                    continue
                 window = [
                     (v, u)
                     for v in range(max(0, row - half), min(h, row + half + 1))
@@ -121,10 +127,11 @@ def _noise(hw_A=(7, 9), hw_B=(6, 11), channels=5, amount=0.3):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(dtype):
     features_A, features_B, warp = _noise()
-    cfg = PropagationCfg(reaches=(1, 3), margin=0.05)
-    expected = _by_definition(features_A, features_B, warp, cfg)
-    assert (expected != warp).any(dim=1).float().mean() > 0.3
-    result = propagate(features_A.to(dtype), features_B.to(dtype), warp.to(dtype), cfg)
+    cfg = PropagationCfg(reaches=(1, 3), margin=0.05, asking=(0.2, 0.9))
+    logit = torch.randn(2, 1, 7, 9, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 2
+    expected = _by_definition(features_A, features_B, warp, logit.sigmoid(), cfg)
+    assert (expected != warp).any(dim=1).float().mean() > 0.2
+    result = propagate(features_A.to(dtype), features_B.to(dtype), warp.to(dtype), logit.to(dtype), cfg)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
 
@@ -133,16 +140,24 @@ def test_equals_the_definition(dtype):
 @pytest.mark.parametrize("amount", [0.02, 1.0])  # and with most targets outside
 def test_both_forms_agree(channels, amount):
     features_A, features_B, warp = _noise((37, 50), (41, 33), channels, amount)
-    exact = propagate(features_A, features_B, warp)
+    exact = propagate(features_A, features_B, warp, _doubt(warp))
     torch.testing.assert_close(
-        propagate(features_A.float(), features_B.float(), warp.float()).double(), exact, atol=1e-5, rtol=0
+        propagate(features_A.float(), features_B.float(), warp.float(), _doubt(warp)).double(),
+        exact,
+        atol=1e-5,
+        rtol=0,
     )
 
 
 def test_a_higher_margin_moves_less():
     features_A, features_B, warp = (part.float() for part in _noise((20, 30), (22, 28)))
     moved = [
-        ((propagate(features_A, features_B, warp, PropagationCfg(margin=margin)) - warp).abs() > 1e-4)
+        (
+            (
+                propagate(features_A, features_B, warp, _doubt(warp), PropagationCfg(margin=margin)) - warp
+            ).abs()
+            > 1e-4
+        )
         .sum()
         .item()
         for margin in (0.0, 0.3, 2.1)  # cosines differ by 2 at most
@@ -154,7 +169,7 @@ def test_a_higher_margin_moves_less():
 def test_targets_that_are_nowhere_do_not_spread(dtype):
     features_A, features_B, warp = (part.to(dtype) for part in _noise((20, 30), (22, 28)))
     warp[:, :, 3, 4], warp[:, :, 8, 20] = math.nan, math.inf
-    result = propagate(features_A, features_B, warp)
+    result = propagate(features_A, features_B, warp, _doubt(warp))
     assert result[:, :, 3, 4].isnan().all()
     rest = torch.ones(20, 30, dtype=torch.bool)
     rest[3, 4] = rest[8, 20] = False
@@ -165,14 +180,16 @@ def test_half_precision_features_are_compared_in_float32():
     features_A, features_B, warp = _noise((20, 30), (22, 28))
     half = features_A.bfloat16(), features_B.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        result = propagate(*half, warp.float())
+        result = propagate(*half, warp.float(), _doubt(warp))
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, propagate(*(part.float() for part in half), warp.float()))
+    torch.testing.assert_close(
+        result, propagate(*(part.float() for part in half), warp.float(), _doubt(warp))
+    )
 
 
 def test_no_gradient_goes_through():
     features_A, features_B, warp = (part.float().requires_grad_() for part in _noise())
-    assert not propagate(features_A, features_B, warp).requires_grad
+    assert not propagate(features_A, features_B, warp, _doubt(warp)).requires_grad
 
 
 @pytest.mark.parametrize("wrong", [{"reaches": ()}, {"reaches": (0, 4)}, {"window": 4}, {"window": 0}])
