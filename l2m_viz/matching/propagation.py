@@ -55,6 +55,9 @@ class PropagationCfg:
             raise L2MError("PropagationCfg reaches", expected="distances of 1 or more", got=str(self.reaches))
         if self.window < 1 or self.window % 2 == 0:
             raise L2MError("PropagationCfg window", expected="an odd number of cells", got=str(self.window))
+        if not 0 <= self.asking[0] <= self.asking[1] <= 1:
+            got = str(self.asking)
+            raise L2MError("PropagationCfg asking", expected="0 <= lowest <= highest <= 1", got=got)
 
 
 def propagate(

@@ -192,7 +192,9 @@ def test_no_gradient_goes_through():
     assert not propagate(features_A, features_B, warp, _doubt(warp)).requires_grad
 
 
-@pytest.mark.parametrize("wrong", [{"reaches": ()}, {"reaches": (0, 4)}, {"window": 4}, {"window": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"reaches": ()}, {"reaches": (0, 4)}, {"window": 4}, {"window": 0}, {"asking": (0.9, 0.1)}]
+)
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(L2MError, match=next(iter(wrong))):
         PropagationCfg(**wrong)
