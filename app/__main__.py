@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 from dataclasses import dataclass
 
 import tyro
@@ -25,9 +24,7 @@ class Cfg:
 def main() -> None:
     """Entry point; an error the user can mend is one line on stderr and exit code 2."""
     cfg = tyro.cli(Cfg, prog="python -m app", config=(tyro.conf.FlagCreatePairsOff,))
-    from app.pair import DEFAULT_MATCHER
     from app.server import launch
-    from app.work import warm_up
     from l2m_viz.parallel import keep_memory
 
     keep_memory()
@@ -37,7 +34,6 @@ def main() -> None:
     try:
         demo = launch(cfg.host, cfg.port, inbrowser=cfg.inbrowser)
         print(f"Lift to Match: {demo.local_url} (Ctrl-C ends it)", flush=True)
-        threading.Thread(target=warm_up, args=(DEFAULT_MATCHER,), daemon=True).start()
         demo.block_thread()
     except L2MError as error:
         print(f"app: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from app.examples import Example, Truth, find_truth
-from l2m_viz.data import load_sample, read_image, to_uint8
+from l2m_viz.data import read_image, to_uint8
 from l2m_viz.errors import ImageError, L2MError, ShapeError
 from l2m_viz.evaluation import compare_with_truth, end_point_error
 from l2m_viz.geometry import normalized_grid, sample_warp
@@ -91,17 +91,6 @@ def match_files(
 def _loaded(name: str) -> Matcher:
     """The matcher that was used last stays in memory: a large network takes seconds to load."""
     return load_matcher(name)
-
-
-def warm_up(matcher: str) -> None:
-    """Match the embedded pair once, so that the first visitor does not wait for weights and kernels to be loaded.
-
-    What is in the way, such as absent weights, is told to who presses Match.
-    """
-    sample = load_sample("motorcycle")
-    assert sample.image_B is not None
-    with suppress(L2MError):
-        _loaded(matcher).match(sample.image_A, sample.image_B)
 
 
 def numbers(result: PairResult, min_certainty: float) -> list[Number]:

@@ -29,7 +29,6 @@ from PIL import Image
 from app import pair, server, work
 from app.examples import find_truth, turned, write_examples
 from l2m_viz.data import load_sample, read_image, write_image
-from l2m_viz.errors import MissingError
 from l2m_viz.geometry import pixel_grid, sample_image, to_pixel
 from l2m_viz.matching import Match
 
@@ -127,24 +126,6 @@ def test_l2m_tiny_is_chosen_unless_the_visitor_chooses(client):
     (matcher,) = (part["props"] for part in client.config["components"] if part["type"] == "dropdown")
     assert matcher["value"] == pair.DEFAULT_MATCHER == "l2m-tiny"
     assert [name for _, name in matcher["choices"]][:3] == ["l2m-tiny", "dis", "sift"]
-
-
-def test_the_first_visitor_finds_the_matcher_loaded():
-    work._loaded.cache_clear()
-    work.warm_up("dis")
-    assert work._loaded.cache_info().currsize == 1
-    matcher = work._loaded("dis")
-    assert work._loaded.cache_info().misses == 1 and matcher.name == "dis"
-
-
-def test_a_warm_up_without_weights_says_nothing(monkeypatch, capsys):
-    def absent(name):
-        raise MissingError(f"weights of {name}", expected="a file", got="none")
-
-    work._loaded.cache_clear()
-    monkeypatch.setattr(work, "load_matcher", absent)
-    work.warm_up("l2m-tiny")
-    assert capsys.readouterr() == ("", "")
 
 
 def stored(image, how):
