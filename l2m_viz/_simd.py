@@ -372,6 +372,17 @@ def total(typingctx, a):
 
 
 @intrinsic
+def next_of(typingctx, counter):
+    """The int64 in counter[0], which is one more for whoever asks next: each thread gets numbers of its own."""
+
+    def codegen(context, builder, sig, args):
+        place = _element(context, builder, sig.args[0], args[0], ir.Constant(_LONG, 0))
+        return builder.atomic_rmw("add", place, ir.Constant(_LONG, 1), "monotonic")
+
+    return nb.int64(counter), codegen
+
+
+@intrinsic
 def prefetch(typingctx, array, index):
     """Ask for the cache line of an element that will be read soon; of an array of any type."""
 

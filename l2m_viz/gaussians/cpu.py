@@ -1,5 +1,7 @@
 """The CPU backend: numba kernels behind one `torch.autograd.Function`."""
 
+import math
+import weakref
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -132,12 +134,12 @@ class _Splat(torch.autograd.Function):
         *parameters, features = map(_array, inputs[:6])
         view: _View = inputs[6]
         hw, listed = view.hw, _list_tiles(parameters, view)
-        color, feature = np.empty((*hw, 3), np.float32), np.empty((*hw, features.shape[1]), np.float32)
+        color, feature = np.empty((*hw, 3), np.float32), _recycled((*hw, features.shape[1]))
         depth, transmittance = np.empty(hw, np.float32), np.empty(hw, np.float32)
         last = np.empty(hw, np.int32)
         run_kernel(
             _splat.composite_tiles, listed.start, listed.indices, listed.screen, features, listed.columns,
-            color, feature, depth, transmittance, last,
+            num_threads(), color, feature, depth, transmittance, last,
         )  # fmt: skip
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*inputs[:6])
@@ -184,6 +186,31 @@ def _parameters(gaussians: Gaussians) -> tuple[Tensor, ...]:
 
 def _array(value: Tensor) -> np.ndarray:
     return np.ascontiguousarray(value.detach().cpu().numpy(), np.float32)
+
+
+def _recycled(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory for an image, if it can be that of the last one of this size that nobody holds any more.
+
+    The C library returns blocks this large to the system, which zeroes every page of the next one: a quarter of the
+    time that 32 channels of 512x512 px take to render. One block is kept, of 256 MB at most.
+    """
+    size = math.prod(shape)
+    memory = _spare.pop(size, None)
+    if memory is None:
+        memory = np.empty(size, np.float32)
+    image = memory.reshape(shape)
+    if memory.nbytes <= _MAX_SPARE:
+        weakref.finalize(image, _keep, memory).atexit = False
+    return image
+
+
+def _keep(memory: np.ndarray) -> None:
+    _spare.clear()
+    _spare[memory.size] = memory
+
+
+_spare: dict[int, np.ndarray] = {}
+_MAX_SPARE = 2**28
 
 
 def _empty_rows(n: int, width: int) -> np.ndarray:

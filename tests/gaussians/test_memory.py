@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from l2m_viz.gaussians import rasterize
 
 PROGRAM = """
 import re, sys
@@ -49,3 +52,21 @@ def test_peak_memory_is_at_most_two_and_a_half_times_inputs_and_outputs(mode):
     shown = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
     assert 0.9 < float(shown.stdout) <= 2.5
+
+
+def test_a_feature_image_gets_the_memory_of_the_last_only_when_nobody_holds_that(hard_scene, camera_at):
+    scene, camera = hard_scene(0, num_features=5), camera_at()
+    first = rasterize(scene, camera, backend="cpu").features
+    kept, place = first.clone(), first.data_ptr()
+    second = rasterize(scene.select(torch.arange(200)), camera, backend="cpu").features  # another picture
+    assert second.data_ptr() != place
+    assert torch.equal(first, kept)
+    shared = first[3:].numpy()  # outlives the tensor that it is a part of
+    del first
+    third = rasterize(scene.select(torch.arange(100)), camera, backend="cpu").features
+    assert third.data_ptr() != place
+    assert (shared == kept[3:].numpy()).all()
+    del shared
+    fourth = rasterize(scene, camera, backend="cpu").features
+    assert fourth.data_ptr() == place
+    assert torch.equal(fourth, kept)
