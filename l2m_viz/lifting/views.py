@@ -39,6 +39,11 @@ class ViewSamplerCfg:
     rotation_deg: Range = (5.0, 10.0)
     # In-plane rotation after the others, up to 180; photos held upright, as the paper's, have none.
     roll_deg: Range = (0.0, 0.0)
+    # Turn about a point on the first camera's axis, before the others: the second camera walks round the scene and still
+    # looks at it, so that surfaces are seen from another side. The paper's cameras do not.
+    orbit_deg: Range = (0.0, 0.0)
+    # Distance of that point.
+    pivot: Range = (1.5, 4.0)
 
 
 def sample_intrinsics(
@@ -54,8 +59,8 @@ def sample_cameras(
 ) -> list[Camera]:
     """Draw n cameras around the photo's own, with its intrinsics and size.
 
-    A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``; if there is a roll, the
-    camera then turns about its own axis.
+    A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``; before that, if there is
+    an orbit, about the pivot p as X' = R_o (X - p) + p; after it, if there is a roll, the camera turns about its own axis.
     """
     cfg = cfg or ViewSamplerCfg()
     if n < 0:
@@ -69,6 +74,12 @@ def sample_cameras(
     for _ in range(n):
         rotation = rotation_from_axis_angle(draw(cfg.rotation_deg, 3) * math.pi / 180)
         translation = torch.cat([draw(cfg.shift, 2), draw(cfg.dolly, 1)]) * scene.unit
+        if cfg.orbit_deg[1] > 0:
+            orbit, pivot = _draw_orbit(cfg, generator)
+            rotation, translation = (
+                rotation @ orbit,
+                rotation @ (pivot - orbit @ pivot) * scene.unit + translation,
+            )
         if cfg.roll_deg[1] > 0:
             roll = torch.cat([torch.zeros(2), draw(cfg.roll_deg, 1) * math.pi / 180])
             turn = rotation_from_axis_angle(roll)
@@ -76,6 +87,17 @@ def sample_cameras(
         pose = pose_from_rotation(rotation, translation)
         cameras.append(Camera(scene.K, pose, width=scene.hw[1], height=scene.hw[0]))
     return cameras
+
+
+def _draw_orbit(
+    cfg: ViewSamplerCfg, generator: torch.Generator | None
+) -> tuple[Float[Tensor, "3 3"], Float[Tensor, " 3"]]:
+    """Rotation about any axis across the line of sight, and the pivot in units of the scene."""
+    share, direction, distance = torch.rand(3, generator=generator).tolist()
+    angle = math.radians(cfg.orbit_deg[0] + (cfg.orbit_deg[1] - cfg.orbit_deg[0]) * share)
+    axis = torch.tensor([math.cos(2 * math.pi * direction), math.sin(2 * math.pi * direction), 0.0])
+    pivot = torch.tensor([0.0, 0.0, cfg.pivot[0] + (cfg.pivot[1] - cfg.pivot[0]) * distance])
+    return rotation_from_axis_angle(angle * axis), pivot
 
 
 def orbit_cameras(scene: LiftedScene, n: int, radius: float = 0.1) -> list[Camera]:

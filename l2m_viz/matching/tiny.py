@@ -14,7 +14,7 @@ from l2m_viz.encoders.shipped import (
 from l2m_viz.encoders.weights import load_strict, resolve_device
 from l2m_viz.geometry import HW
 from l2m_viz.matching.attention import AttentionCoarseCfg
-from l2m_viz.matching.matcher import Precision
+from l2m_viz.matching.matcher import Precision, fastest_precision
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.propagation import PropagationCfg
 from l2m_viz.matching.refiner import RefinerCfg
@@ -92,10 +92,3 @@ def tiny_dense_matcher(
         precision=precision or fastest_precision(device),
     )
     return DenseMatcher("l2m-tiny", network, cfg, device)
-
-
-def fastest_precision(device: torch.device) -> Precision:
-    """Bfloat16 where the processor multiplies it in hardware; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"

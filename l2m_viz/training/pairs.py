@@ -50,6 +50,8 @@ class PairCfg:
     difficulty: float = 1.0
     # Share of the pairs whose second camera rolls, where `views.roll_deg` has a range.
     p_roll: float = 1.0
+    # Share of the pairs whose second camera walks round the scene, where `views.orbit_deg` has a range.
+    p_orbit: float = 1.0
     # Side of the crop over the largest crop of the right shape.
     crop: Range = (0.6, 1.0)
     # Share of the pairs whose first view is a window of the lifted photo, so that the second also sees what lies beside
@@ -85,7 +87,7 @@ class PairCfg:
         if self.holes not in FILL_METHODS:
             expected = "one of " + ", ".join(f'"{name}"' for name in FILL_METHODS)
             raise L2MError("PairCfg holes", expected=expected, got=repr(self.holes))
-        for name in ("p_roll", "p_surround", "p_fill", "p_relight", "p_relight_apart"):
+        for name in ("p_roll", "p_orbit", "p_surround", "p_fill", "p_relight", "p_relight_apart"):
             if not 0 <= getattr(self, name) <= 1:
                 got = f"{getattr(self, name):g}"
                 raise L2MError(f"PairCfg {name}", expected="a probability, 0 to 1", got=got)
@@ -220,7 +222,18 @@ def scaled(cfg: ViewSamplerCfg, difficulty: float) -> ViewSamplerCfg:
         rotation_deg=grown(cfg.rotation_deg),
         # a roll hides little and has an end at half a turn: it grows to the full range and no further
         roll_deg=(cfg.roll_deg[0] * min(1.0, difficulty), cfg.roll_deg[1] * min(1.0, difficulty)),
+        orbit_deg=grown(cfg.orbit_deg),
     )
+
+
+def draw_views(cfg: PairCfg, draw: torch.Generator) -> ViewSamplerCfg:
+    """The sampler's ranges for one pair: with a roll or an orbit, or without."""
+    views = cfg.views
+    if not _happens(cfg.p_roll, draw):
+        views = replace(views, roll_deg=(0.0, 0.0))
+    if views.orbit_deg[1] > 0 and not _happens(cfg.p_orbit, draw):
+        views = replace(views, orbit_deg=(0.0, 0.0))
+    return views
 
 
 _MAX_TRIES = 12  # 0.7^11 is 2 % of the difficulty: nearly at rest
@@ -260,8 +273,7 @@ def _overlapping(
     whole: LiftedScene, scene: LiftedScene, cfg: PairCfg, seed: int, draw: torch.Generator
 ) -> tuple[Pair, View]:
     """Draw cameras until one sees enough of what the first view shows."""
-    roll_deg = cfg.views.roll_deg if _happens(cfg.p_roll, draw) else (0.0, 0.0)
-    views, difficulty, overlap = replace(cfg.views, roll_deg=roll_deg), cfg.difficulty, 0.0
+    views, difficulty, overlap = draw_views(cfg, draw), cfg.difficulty, 0.0
     for _ in range(_MAX_TRIES):
         (camera,) = sample_cameras(scene, 1, scaled(views, difficulty), draw)
         view = whole.render(camera)

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from l2m_viz.data.files import atomic_write, write_text
 from l2m_viz.encoders.weights import load_strict
 from l2m_viz.errors import FileFormatError, L2MError, MissingError
+from l2m_viz.matching.matcher import Precision, fastest_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,8 +49,8 @@ class RunCfg:
     max_grad_norm: float = 1.0
     # Weight of the past in the running average of the weights; ramped up from 0 at the start.
     ema_decay: float = 0.999
-    # Products in bfloat16 where that is safe; sums, geometry and losses stay in float32.
-    bf16: bool = True
+    # Of the products where bfloat16 is safe; sums, geometry and losses stay in float32. None: the fastest here.
+    precision: Precision | None = None
     # Save at least this often.
     checkpoint_minutes: float = 4.0
     log_every: int = 50
@@ -66,6 +67,12 @@ class RunCfg:
         into = (step - (1 - self.cooldown) * self.steps) / max(1.0, self.cooldown * self.steps)
         fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, into))))
         return self.lr * rise * fall
+
+    def autocast(self, device: torch.device | str) -> torch.autocast:
+        """The context in which a network of the run is called."""
+        device = torch.device(device)
+        precision = self.precision or fastest_precision(device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 class TrainingRun:

@@ -33,7 +33,15 @@ from l2m_viz.lifting import (
 from l2m_viz.lifting.torch_mesh import LiftedBatch, lift_batch, render_batch
 from l2m_viz.lifting.torch_planes import random_planes_disparity_batch
 from l2m_viz.lifting.torch_truth import warp_from_depth_batch
-from l2m_viz.training.pairs import _MAX_TRIES, NoPairError, PairCfg, _happens, _random_crop, scaled
+from l2m_viz.training.pairs import (
+    _MAX_TRIES,
+    NoPairError,
+    PairCfg,
+    _happens,
+    _random_crop,
+    draw_views,
+    scaled,
+)
 from l2m_viz.training.stream import PairBatch
 
 DEPTH_METHODS = ("random-planes", "flat")
@@ -203,14 +211,11 @@ def _any_scene() -> LiftedScene:
 
 def _overlapping(scenes: LiftedBatch, cfg: PairCfg, difficulties: list[float], draws: _Draws) -> _Views:
     """Draw cameras until each sees enough of what its photo shows."""
-    rolling = [_happens(cfg.p_roll, draw) for draw in draws]
-    still = replace(cfg.views, roll_deg=(0.0, 0.0))
+    ranges_of = [draw_views(cfg, draw) for draw in draws]
     views: _Views = {}
     open_pairs, overlaps = list(range(len(draws))), []
     for trial in range(_MAX_TRIES):
-        ranges = [
-            scaled(cfg.views if rolling[i] else still, difficulties[i] * 0.7**trial) for i in open_pairs
-        ]
+        ranges = [scaled(ranges_of[i], difficulties[i] * 0.7**trial) for i in open_pairs]
         poses = [
             sample_cameras(_any_scene(), 1, span, draws[i])[0].w2c
             for i, span in zip(open_pairs, ranges, strict=True)

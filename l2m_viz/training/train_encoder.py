@@ -150,7 +150,7 @@ def pretrain_encoder(
         batch = next(stream)
         both = torch.cat([batch.image_A, batch.image_B])
         seeds = torch.cat([batch.seeds // 2 * 2, batch.seeds // 2 * 2 + 1])
-        with _half(run):
+        with run.cfg.autocast(accelerator.device):
             maps = run.network(_channels_first(augment(both, cfg.augment, seeds=seeds), run))
         draw = torch.Generator().manual_seed(number)
         truth = batch.warp_A_to_B, batch.covisibility_A_to_B
@@ -223,7 +223,7 @@ def train_encoder(
         goals = _goals(teacher, scenes, cfg, accelerator.device)
         shown = torch.stack([view.image for view in (*(v[-1] for v in scenes), *(v[0] for v in scenes))])
         seeds = (number * processes + accelerator.process_index) * len(shown) + torch.arange(len(shown))
-        with _half(run):
+        with run.cfg.autocast(accelerator.device):
             maps = read_maps(
                 run.network, _channels_first(augment(shown, cfg.augment, seeds=seeds), run), cfg.encoder
             )
@@ -286,7 +286,7 @@ def _goals(
     images = (
         torch.stack([view.image for views in scenes for view in views[:-1]]).permute(0, 3, 1, 2).to(device)
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.run.bf16):
+    with cfg.run.autocast(device):
         maps = read_maps(teacher, images, cfg.encoder)
     found: dict[int, tuple[list[Goal], list[Goal]]] = {}
     for stride, said in maps.items():
@@ -296,11 +296,6 @@ def _goals(
         ]
         found[stride] = [new for new, _ in pairs], [photo for _, photo in pairs]
     return found
-
-
-def _half(run: TrainingRun) -> torch.autocast:
-    """Products in bfloat16, if the run wants them."""
-    return torch.autocast(run.accelerator.device.type, torch.bfloat16, enabled=run.cfg.bf16)
 
 
 def _channels_first(images: Float[Tensor, "b h w 3"], run: TrainingRun) -> Float[Tensor, "b 3 h w"]:

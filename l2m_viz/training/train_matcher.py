@@ -38,7 +38,7 @@ class Curriculum:
 
     def range_at(self, step: int) -> tuple[float, float]:
         """The range of a step."""
-        share = min(1.0, step / max(1, self.ramp_steps))
+        share = min(1.0, step / self.ramp_steps) if self.ramp_steps else 1.0
         return self.low, self.high_first + share * (self.high_last - self.high_first)
 
 
@@ -81,6 +81,8 @@ class MatcherTrainingOptions:
         preset: "tiny" is l2m-tiny; "base" a wider one for a GPU; "official" the full-size network by RoMa's recipe.
         minutes: Stop after so many minutes; the run can go on later.
         steps: Optimiser steps in all. A run that is under way may be given fewer: then it cools down and ends sooner.
+        lr: Learning rate between warm-up and cool-down.
+        ramp_steps: Steps over which pairs grow to their full difficulty; 0 suits a start from trained weights.
         freeze_encoder: Leave the encoder as it is.
         workers: Processes that make pairs, for each size of picture; 0 makes them in between.
     """
@@ -88,14 +90,19 @@ class MatcherTrainingOptions:
     preset: Literal["tiny", "base", "official"] = "tiny"
     minutes: float | None = None
     steps: int | None = None
+    lr: float | None = None
+    ramp_steps: int | None = None
     freeze_encoder: bool = False
     workers: int = 1
 
     def applied_to(self, cfg: MatcherTrainingCfg) -> MatcherTrainingCfg:
         """The settings with these choices."""
-        run = replace(cfg.run, minutes=self.minutes, steps=self.steps or cfg.run.steps)
+        steps, lr = self.steps or cfg.run.steps, self.lr or cfg.run.lr
+        run = replace(cfg.run, minutes=self.minutes, steps=steps, lr=lr)
+        ramp_steps = cfg.curriculum.ramp_steps if self.ramp_steps is None else self.ramp_steps
+        curriculum = replace(cfg.curriculum, ramp_steps=ramp_steps)
         frozen = ("encoder",) if self.freeze_encoder else cfg.frozen
-        return replace(cfg, run=run, frozen=frozen, workers=self.workers)
+        return replace(cfg, run=run, curriculum=curriculum, frozen=frozen, workers=self.workers)
 
 
 def train_matcher(
@@ -148,7 +155,7 @@ def train_matcher(
         batch = with_rims(with_occluders(batches.next(number), cfg.occluders), cfg.rims)
         image_A, image_B = _images(batch, cfg, device)
         batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
-        with torch.autocast(device, torch.bfloat16, enabled=cfg.run.bf16):
+        with cfg.run.autocast(accelerator.device):
             there, back = run.network(image_A, image_B, refined)
         terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
         return terms["total"], {k: v.item() for k, v in terms.items() if k != "total"} | _errors(per_stage)
@@ -228,7 +235,7 @@ class _Judge:
             image_A, image_B = (
                 _channels_first(image, self._cfg, self._device) for image in (batch.image_A, batch.image_B)
             )
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._cfg.run.bf16):
+            with self._cfg.run.autocast(self._device):
                 stages, _ = network(image_A, image_B)
             hw = (image_B.shape[-2], image_B.shape[-1])
             losses = matcher_losses(

@@ -37,7 +37,7 @@ from l2m_viz.training.train_encoder import (
 
 SMALL = ConvPyramidCfg(widths=(8, 12, 16, 24), blocks=(0, 0, 1, 1))
 DINO = DinoCfg(dim=24, depth=2, num_heads=3, train_side=56)
-RUN = RunCfg(steps=2, log_every=1, warmup_steps=1, bf16=False)
+RUN = RunCfg(steps=2, log_every=1, warmup_steps=1, precision="float32")
 PRETRAINING = PretrainingCfg(
     encoder=SMALL,
     run=RUN,

@@ -36,7 +36,7 @@ NETWORK = NetworkCfg(
 )
 CFG = MatcherTrainingCfg(
     network=NETWORK,
-    run=RunCfg(steps=4, log_every=1, warmup_steps=1, bf16=False),
+    run=RunCfg(steps=4, log_every=1, warmup_steps=1, precision="float32"),
     pairs=PairCfg(holes="background"),
     batch_size=2,
     sizes=((48, 64), (64, 48)),
