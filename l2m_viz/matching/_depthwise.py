@@ -1,4 +1,6 @@
-"""Numba kernel of the one gradient that torch is slow at on a CPU: that of a 5x5 depth-wise convolution's weights."""
+"""Numba kernels of the 5x5 depth-wise convolution, at which torch is slow on a CPU: the map itself and the gradient of
+the weights. Maps are channels last.
+"""
 
 # ruff: noqa: ANN001, ANN202 (numba infers the types of each call)
 from typing import no_type_check
@@ -6,10 +8,13 @@ from typing import no_type_check
 import numba
 import numpy as np
 
-from l2m_viz._simd import load, splat, store
+from l2m_viz._simd import LANES as _LANES, load, maximum, prefetch, splat, store
 
 KERNEL = 5
-_LANES = 8
+_RIM = KERNEL // 2
+_BLOCK = 64  # channels of a task: their weights, and the columns that a few outputs need, stay in the nearest cache
+_AHEAD = 8
+_ROWS = 8  # rows of a task: four more are read than written
 _ZERO = np.float32(0)
 _FAST = {"contract", "nsz", "arcp", "reassoc"}  # sums in any order; NaN and infinity keep their meaning
 
@@ -66,3 +71,131 @@ def _row(padded, x, grad, g, width, channels, sums, s):
             for column in range(width):
                 total += padded[x + (column + dx) * channels + c] * grad[g + column * channels + c]
             sums[s + dx * channels + c] += total
+
+
+@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@no_type_check
+def convolve(source, first, weight, bias, relu, out):
+    """Fill ``out`` (b, rows, w, c) with the convolution at rows ``first`` on of ``source`` (b, h, w, c).
+
+    The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left.
+    """
+    batch, rows, width, channels = out.shape
+    blocks, bands = (channels + _BLOCK - 1) // _BLOCK, (rows + _ROWS - 1) // _ROWS
+    least = _ZERO if relu else np.float32(-np.inf)
+    for task in numba.prange(batch * bands * blocks):
+        block, band = task % blocks, task // blocks % bands
+        b = task // (blocks * bands)
+        c0, c1 = block * _BLOCK, min(channels, (block + 1) * _BLOCK)
+        for row in range(band * _ROWS, min(rows, (band + 1) * _ROWS)):
+            _convolve_row(source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1))
+
+
+@numba.njit(fastmath=_FAST)
+@no_type_check
+def _convolve_row(source, row, weight, bias, least, c0, c1, out):
+    """One row of outputs, channels c0 to c1; four columns at a time where all taps are inside."""
+    height, width, channels = source.shape
+    above, below = max(0, _RIM - row), min(KERNEL, height + _RIM - row)  # kernel rows inside
+    top = (row - _RIM) * width
+    flat = source.reshape(-1)
+    whole = c1 - (c1 - c0) % _LANES
+    column = 0
+    while column < width:
+        last = flat.size - 1
+        last_out = out.size - 1
+        for i in range(4):
+            new = (top + (KERNEL - 1) * width + column + _AHEAD + i) * channels
+            old = (column + _AHEAD + i) * channels
+            for c in range(c0, c1, 16):
+                prefetch(flat, np.uint64(max(0, min(last, new + c))))
+                prefetch(out, np.uint64(min(last_out, old + c)))
+        if column >= _RIM and column + 3 + _RIM < width:
+            at = (top + column - _RIM) * channels
+            _four(flat, at, width * channels, channels, weight, above, below, bias, least, c0, whole, out, column)
+            step = 4
+        else:
+            left, right = max(0, _RIM - column), min(KERNEL, width + _RIM - column)
+            at = (top + column - _RIM) * channels
+            _one(
+                flat, at, width * channels, channels, weight, above, below, left, right, bias, least, c0, whole,
+                out, column,
+            )  # fmt: skip
+            step = 1
+        for c in range(whole, c1):
+            for x in range(column, column + step):
+                sum_ = bias[c]
+                for dy in range(above, below):
+                    for dx in range(max(0, _RIM - x), min(KERNEL, width + _RIM - x)):
+                        place = (top + dy * width + x - _RIM + dx) * channels + c
+                        sum_ += flat[place] * weight[(dy * KERNEL + dx) * channels + c]
+                out[x * channels + c] = max(sum_, least)
+        column += step
+
+
+@numba.njit(forceinline=True, fastmath=_FAST)
+@no_type_check
+def _one(
+    source, at, line, channels, weight, above, below, left, right, bias, least, c0, c1, out, column
+):  # fmt: skip
+    """One output with some of the taps, whose first one is at ``at``."""
+    for c in range(c0, c1, _LANES):
+        a = load(bias, np.uint64(c))
+        for dy in range(above, below):
+            for dx in range(left, right):
+                x = load(source, np.uint64(at + dy * line + dx * channels + c))
+                a = a + x * load(weight, np.uint64((dy * KERNEL + dx) * channels + c))
+        store(out, np.uint64(column * channels + c), maximum(a, splat(least)))
+
+
+@numba.njit(forceinline=True, fastmath=_FAST)
+@no_type_check
+def _four(source, at, line, channels, weight, above, below, bias, least, c0, c1, out, column):
+    """Four outputs side by side, which share eight columns of the source."""
+    n = np.uint64(channels)
+    for c in range(c0, c1, _LANES):
+        a0 = a1 = a2 = a3 = load(bias, np.uint64(c))
+        for dy in range(above, below):
+            w, x = np.uint64(dy * KERNEL * channels + c), np.uint64(at + dy * line + c)
+            w0, w1, w2 = load(weight, w), load(weight, w + n), load(weight, w + n + n)
+            w3, w4 = load(weight, w + n + n + n), load(weight, w + n + n + n + n)
+            value = load(source, x)
+            a0 = a0 + value * w0
+            x += n
+            value = load(source, x)
+            a0 = a0 + value * w1
+            a1 = a1 + value * w0
+            x += n
+            value = load(source, x)
+            a0 = a0 + value * w2
+            a1 = a1 + value * w1
+            a2 = a2 + value * w0
+            x += n
+            value = load(source, x)
+            a0 = a0 + value * w3
+            a1 = a1 + value * w2
+            a2 = a2 + value * w1
+            a3 = a3 + value * w0
+            x += n
+            value = load(source, x)
+            a0 = a0 + value * w4
+            a1 = a1 + value * w3
+            a2 = a2 + value * w2
+            a3 = a3 + value * w1
+            x += n
+            value = load(source, x)
+            a1 = a1 + value * w4
+            a2 = a2 + value * w3
+            a3 = a3 + value * w2
+            x += n
+            value = load(source, x)
+            a2 = a2 + value * w4
+            a3 = a3 + value * w3
+            x += n
+            value = load(source, x)
+            a3 = a3 + value * w4
+        low, o = splat(least), np.uint64(column * channels + c)
+        store(out, o, maximum(a0, low))
+        store(out, o + n, maximum(a1, low))
+        store(out, o + n + n, maximum(a2, low))
+        store(out, o + n + n + n, maximum(a3, low))

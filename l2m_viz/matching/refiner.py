@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz._simd import LANES
 from l2m_viz.encoders.folding import conv_norm, fold
 from l2m_viz.geometry import HW, normalized_grid
-from l2m_viz.matching.depthwise import DepthwiseConv2d
+from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, convolve
 from l2m_viz.matching.local_correlation import is_traced, local_correlation
 from l2m_viz.matching.propagation import PropagationCfg
 
@@ -113,18 +114,20 @@ class Refiner(nn.Module):
         rim = self.cfg.kernel // 2
         widths = [part.shape[1] for part in inputs]
         b, _, h, w = inputs[0].shape
-        x = _buffer((b, h, w, sum(widths)), rim, dtype)
-        for part, place in zip(inputs, x[:, rim:-rim].split(widths, dim=-1), strict=True):
+        width_in = sum(widths)
+        x = _buffer((b, h, w, _filled(width_in)), rim, dtype)
+        x[..., width_in:] = 0
+        for part, place in zip(inputs, x[:, rim:-rim, :, :width_in].split(widths, dim=-1), strict=True):
             place.copy_(part.permute(0, 2, 3, 1))
         inputs.clear()  # together they are as large as a buffer, and nobody needs them any more
         out = None
         for block in self.blocks:
             assert isinstance(block, RefinerBlock)
-            if out is None or out.shape[-1] != block.width_out:
-                out = _buffer((b, h, w, block.width_out), rim, dtype)
+            if out is None or out.shape[-1] != _filled(block.width_out):
+                out = _buffer((b, h, w, _filled(block.width_out)), rim, dtype)
             block.run_in_bands(x, out)
             x, out = out, x
-        return x[:, rim:-rim].permute(0, 3, 1, 2)
+        return x[:, rim:-rim, :, : self.head.in_channels].permute(0, 3, 1, 2)
 
     def _embed(self, warp: Float[Tensor, "b 2 h w"], scale_factor: float) -> Float[Tensor, "b d h w"]:
         """Embed how far each cell's target is from its own place."""
@@ -158,18 +161,42 @@ class RefinerBlock(nn.Sequential):
         assert isinstance(norm, nn.BatchNorm2d)
         assert isinstance(pointwise, nn.Conv2d)
         assert pointwise.bias is not None
-        parameters = (*fold(depthwise, norm), pointwise.weight.flatten(1).T, pointwise.bias)
-        weight, bias, matrix, shift = (parameter.to(x.dtype) for parameter in parameters)
-        rim, channels = weight.shape[-1] // 2, x.shape[-1]
-        rows = max(1, _BAND_BYTES // (x.shape[2] * channels * x.element_size()))
+        width_in, width_out, channels = depthwise.in_channels, self.width_out, x.shape[-1]
+        more_in, more_out = channels - width_in, out.shape[-1] - width_out
+        weight, bias = fold(depthwise, norm)
+        weight, bias = F.pad(weight, (0, 0) * 3 + (0, more_in)), F.pad(bias, (0, more_in))
+        matrix = F.pad(pointwise.weight.flatten(1).T, (0, more_out, 0, more_in))
+        weight, bias, matrix, shift = (
+            parameter.to(x.dtype) for parameter in (weight, bias, matrix, F.pad(pointwise.bias, (0, more_out)))
+        )
+        rim, width = weight.shape[-1] // 2, x.shape[2]
+        rows = max(1, _BAND_BYTES // (width * channels * x.element_size()))
         with torch.autocast("cpu", enabled=False):
             # an image at a time, its axis kept: without it torch does not see that the maps are channels last
             for source, target in zip(x.split(1), out[:, rim:-rim].split(1), strict=True):
                 for top in range(0, target.shape[1], rows):
                     band = target[0, top : top + rows].view(-1, target.shape[-1])  # [n d]
-                    reached = source[:, top : top + len(band) // x.shape[2] + 2 * rim].permute(0, 3, 1, 2)
-                    y = F.conv2d(reached, weight, bias, padding=(0, rim), groups=channels).relu_()
-                    torch.addmm(shift, y.permute(0, 2, 3, 1).reshape(-1, channels), matrix, out=band)
+                    y = _convolved(source, top, len(band) // width, weight, bias)
+                    torch.addmm(shift, y.view(-1, channels), matrix, out=band)
+
+
+def _convolved(
+    source: Float[Tensor, "1 h w c"], top: int, rows: int, weight: Tensor, bias: Tensor
+) -> Float[Tensor, "1 {rows} w c"]:
+    """ReLU of the depth-wise convolution of some rows, the first of which begins rim rows above."""
+    rim, channels = weight.shape[-1] // 2, len(weight)
+    if source.dtype == torch.float32 and weight.shape[-1] == KERNEL:
+        out = source.new_empty(1, rows, *source.shape[2:])
+        convolve(source, top + rim, weight, bias, out, relu=True)
+        return out
+    reached = source[:, top : top + rows + 2 * rim].permute(0, 3, 1, 2)
+    y = F.conv2d(reached, weight, bias, padding=(0, rim), groups=channels).relu_()
+    return y.permute(0, 2, 3, 1)
+
+
+def _filled(width: int) -> int:
+    """Channels of a buffer: products with a multiple of eight are a third faster. The others are zero all along."""
+    return -(-width // LANES) * LANES
 
 
 def _buffer(shape: tuple[int, int, int, int], rim: int, dtype: torch.dtype) -> Tensor:
