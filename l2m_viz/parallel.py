@@ -7,15 +7,19 @@ numba's `workqueue` threading layer aborts the process when two threads enter pa
 
 import ctypes
 import hashlib
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
+
+if TYPE_CHECKING:
+    import torch
 
 # numba's cache of compiled kernels looks at the date of each kernel's own file only, yet constants and functions of
 # other files are frozen into it: a folder for each state of all of them keeps an upgrade from running old code.
@@ -38,9 +42,28 @@ def run_kernel(kernel: Callable[..., Any], *args: object) -> Any:  # noqa: ANN40
         return kernel(*args)
 
 
+def is_traced() -> bool:
+    """Whether torch's operations are being written down, for export or a compiler: neither sees into a kernel."""
+    import torch
+
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def num_threads() -> int:
     """Number of threads a kernel called from here will use."""
     return numba.get_num_threads()
+
+
+def large_empty(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
+    """A CPU tensor of anything, in large pages where the system has them: numpy asks for them, torch does not.
+
+    The system zeroes fresh memory page by page, which for small pages costs more than what is then done with them.
+    """
+    import numpy as np
+    import torch
+
+    memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def keep_memory() -> None:

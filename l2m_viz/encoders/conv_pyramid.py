@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_viz.encoders.folding import conv_norm
 from l2m_viz.encoders.imagenet import normalize_imagenet
 from l2m_viz.encoders.shipped import read_weights
 from l2m_viz.encoders.weights import State, load_strict
@@ -41,7 +42,7 @@ class ConvPyramid(nn.Module):
         widths_in = (3, *cfg.widths[:-1])
         self.levels = nn.ModuleList(
             nn.Sequential(
-                _conv_norm(width_in, width, 5 if width_in == 3 else 3, stride=2),
+                _ConvNorm(width_in, width, 5 if width_in == 3 else 3, stride=2),
                 nn.ReLU(inplace=True),
                 *(ResidualBlock(width) for _ in range(blocks)),
             )
@@ -68,19 +69,29 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = _conv_norm(width, width, 3)
-        self.second = _conv_norm(width, width, 3)
+        self.first = _ConvNorm(width, width, 3, relu=True)
+        self.second = _ConvNorm(width, width, 3)
         # starts as the identity, so that depth costs no trainability
         nn.init.zeros_(self.second[1].weight)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Same shape."""
-        return F.relu(x + self.second(F.relu(self.first(x))))
+        return F.relu(x + self.second(self.first(x)))
 
 
-def _conv_norm(width_in: int, width_out: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(width_in, width_out, kernel, stride=stride, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width_out))
+class _ConvNorm(nn.Sequential):
+    """Convolution and batch norm; in evaluation one convolution."""
+
+    def __init__(
+        self, width_in: int, width_out: int, kernel: int, stride: int = 1, *, relu: bool = False
+    ) -> None:
+        conv = nn.Conv2d(width_in, width_out, kernel, stride=stride, padding=kernel // 2, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(width_out))
+        self.relu = relu
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        conv, norm = self
+        return conv_norm(input, conv, norm, relu=self.relu)  # pyright: ignore[reportArgumentType]
 
 
 def load_pyramid(path: str | Path, cfg: ConvPyramidCfg = TINY_PYRAMID) -> ConvPyramid:

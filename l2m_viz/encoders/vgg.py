@@ -50,10 +50,11 @@ class VGG19Pyramid(nn.Module):
                 stride *= 2
                 if stride > self.strides[-1]:
                     break  # what the last pool would give is a fifth level that nobody asked for
-            if not isinstance(layer, nn.Conv2d):
                 features = layer(features)
-                continue
-            features = conv_norm(features, layer, next(layers))  # pyright: ignore[reportArgumentType]
+            else:
+                assert isinstance(layer, nn.Conv2d)
+                norm, _ = next(layers), next(layers)  # and the ReLU
+                features = conv_norm(features, layer, norm, relu=True)  # pyright: ignore[reportArgumentType]
         return pyramid
 
 

@@ -13,7 +13,8 @@ from l2m_viz._simd import LANES as _LANES, load, maximum, prefetch, splat, store
 KERNEL = 5
 _RIM = KERNEL // 2
 _BLOCK = 64  # channels of a task: their weights, and the columns that a few outputs need, stay in the nearest cache
-_AHEAD = 8
+_AHEAD = 8  # columns that are asked for before they are needed
+_LINE = 16  # floats of a cache line
 _ROWS = 8  # rows of a task: four more are read than written
 _ZERO = np.float32(0)
 _FAST = {"contract", "nsz", "arcp", "reassoc"}  # sums in any order; NaN and infinity keep their meaning
@@ -91,6 +92,18 @@ def convolve(source, first, weight, bias, relu, out):
             _convolve_row(source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1))
 
 
+@numba.njit(parallel=True, cache=True, fastmath=_FAST)
+@no_type_check
+def add_to_rows(values, row):
+    """Add ``row`` (c,) to each row of ``values`` (n, c), c a multiple of eight."""
+    n, channels = values.shape
+    flat = values.reshape(-1)
+    for i in numba.prange(n):
+        for c in range(0, channels, _LANES):
+            place = np.uint64(i * channels + c)
+            store(flat, place, load(flat, place) + load(row, np.uint64(c)))
+
+
 @numba.njit(fastmath=_FAST)
 @no_type_check
 def _convolve_row(source, row, weight, bias, least, c0, c1, out):
@@ -102,14 +115,11 @@ def _convolve_row(source, row, weight, bias, least, c0, c1, out):
     whole = c1 - (c1 - c0) % _LANES
     column = 0
     while column < width:
-        last = flat.size - 1
-        last_out = out.size - 1
-        for i in range(4):
-            new = (top + (KERNEL - 1) * width + column + _AHEAD + i) * channels
-            old = (column + _AHEAD + i) * channels
-            for c in range(c0, c1, 16):
-                prefetch(flat, np.uint64(max(0, min(last, new + c))))
-                prefetch(out, np.uint64(min(last_out, old + c)))
+        for ahead in range(column + _AHEAD, column + _AHEAD + 4):  # no hardware sees such strides coming
+            newest = (top + (KERNEL - 1) * width + ahead) * channels
+            for c in range(c0, c1, _LINE):
+                prefetch(flat, np.uint64(max(0, min(flat.size - 1, newest + c))))
+                prefetch(out, np.uint64(min(out.size - 1, ahead * channels + c)))
         if column >= _RIM and column + 3 + _RIM < width:
             at = (top + column - _RIM) * channels
             _four(flat, at, width * channels, channels, weight, above, below, bias, least, c0, whole, out, column)

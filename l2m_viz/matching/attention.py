@@ -128,7 +128,7 @@ class AttentionLayer(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention."""
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))
 
 
 def rotary_phases(hw: HW, head_dim: int, device: torch.device) -> Float[Tensor, "2 n c"]:

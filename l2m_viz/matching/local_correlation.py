@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from l2m_viz.geometry import to_integer_centers, to_pixel
-from l2m_viz.parallel import run_kernel
+from l2m_viz.parallel import is_traced, run_kernel
 
 
 def local_correlation(
@@ -98,11 +98,6 @@ def _correlate_in_torch(
         rows.append(torch.lerp(row_of_dots[..., :-1], row_of_dots[..., 1:], x.nan_to_num()))
     upper, lower = torch.stack(rows[:-1], dim=-2), torch.stack(rows[1:], dim=-2)  # [b h w 2r+1 2r+1]
     return torch.lerp(upper, lower, y.nan_to_num()[..., None]).flatten(-2)
-
-
-def is_traced() -> bool:
-    """Whether operations are being written down, for export or a compiler, which cannot see into a kernel."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _channels_last(features: Tensor) -> Tensor:

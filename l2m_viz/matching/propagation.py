@@ -26,8 +26,7 @@ from l2m_viz.geometry import (
     to_normalized,
     to_pixel,
 )
-from l2m_viz.matching.local_correlation import is_traced
-from l2m_viz.parallel import run_kernel
+from l2m_viz.parallel import is_traced, run_kernel
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from l2m_viz._simd import LANES
 from l2m_viz.encoders.folding import conv_norm, fold
 from l2m_viz.geometry import HW, normalized_grid
-from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, convolve
-from l2m_viz.matching.local_correlation import is_traced, local_correlation
+from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, add_to_rows, convolve
+from l2m_viz.matching.local_correlation import local_correlation
 from l2m_viz.matching.propagation import PropagationCfg
+from l2m_viz.parallel import is_traced, large_empty
 
 _BATCH_NORM_MOMENTUM = 0.01  # RoMa's
 # RoMa embeds the displacement in units of a 32nd of the coarsest training size, 40 cells of 14 px.
@@ -177,7 +178,11 @@ class RefinerBlock(nn.Sequential):
                 for top in range(0, target.shape[1], rows):
                     band = target[0, top : top + rows].view(-1, target.shape[-1])  # [n d]
                     y = _convolved(source, top, len(band) // width, weight, bias)
-                    torch.addmm(shift, y.view(-1, channels), matrix, out=band)
+                    if band.dtype == torch.float32:
+                        torch.mm(y.view(-1, channels), matrix, out=band)
+                        add_to_rows(band, shift)
+                    else:
+                        torch.addmm(shift, y.view(-1, channels), matrix, out=band)
 
 
 def _convolved(
@@ -186,7 +191,7 @@ def _convolved(
     """ReLU of the depth-wise convolution of some rows, the first of which begins rim rows above."""
     rim, channels = weight.shape[-1] // 2, len(weight)
     if source.dtype == torch.float32 and weight.shape[-1] == KERNEL:
-        out = source.new_empty(1, rows, *source.shape[2:])
+        out = large_empty((1, rows, *source.shape[2:]), source.dtype)
         convolve(source, top + rim, weight, bias, out, relu=True)
         return out
     reached = source[:, top : top + rows + 2 * rim].permute(0, 3, 1, 2)
@@ -202,7 +207,7 @@ def _filled(width: int) -> int:
 def _buffer(shape: tuple[int, int, int, int], rim: int, dtype: torch.dtype) -> Tensor:
     """A map (B, rim + H + rim, W, C) whose rims are zero and the rest is not yet anything."""
     b, h, w, c = shape
-    buffer = torch.empty(b, h + 2 * rim, w, c, dtype=dtype)
+    buffer = large_empty((b, h + 2 * rim, w, c), dtype)
     buffer[:, :rim] = buffer[:, h + rim :] = 0
     return buffer
 
