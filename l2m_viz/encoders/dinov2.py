@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.encoders.linear import linear
 from l2m_viz.errors import ShapeError
 from l2m_viz.geometry import HW
 
@@ -128,10 +129,10 @@ class _Attention(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         query, key, value = (
-            self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            linear(self.qkv, tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )  # each [b heads n c/heads]
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return linear(self.proj, attended.transpose(1, 2).flatten(2))
 
 
 class _LayerScale(nn.Module):
@@ -151,4 +152,4 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, cfg.dim)
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return linear(self.fc2, linear(self.fc1, tokens, gelu=True))

@@ -92,18 +92,6 @@ def convolve(source, first, weight, bias, relu, out):
             _convolve_row(source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1))
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST)
-@no_type_check
-def add_to_rows(values, row):
-    """Add ``row`` (c,) to each row of ``values`` (n, c), c a multiple of eight."""
-    n, channels = values.shape
-    flat = values.reshape(-1)
-    for i in numba.prange(n):
-        for c in range(0, channels, _LANES):
-            place = np.uint64(i * channels + c)
-            store(flat, place, load(flat, place) + load(row, np.uint64(c)))
-
-
 @numba.njit(fastmath=_FAST)
 @no_type_check
 def _convolve_row(source, row, weight, bias, least, c0, c1, out):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from l2m_viz.encoders.linear import linear
 from l2m_viz.geometry import HW
 from l2m_viz.matching.anchors import anchors_to_warp
 from l2m_viz.matching.stages import StageOutput
@@ -109,14 +110,18 @@ class AttentionLayer(nn.Module):
         a, b = a + self._self(a, turn_A), b + self._self(b, turn_B)
         qk_A, v_A = self._cross_inputs(a)
         qk_B, v_B = self._cross_inputs(b)
-        a = a + self.out_cross(_merge(attend(qk_A, qk_B, v_B)))
-        b = b + self.out_cross(_merge(attend(qk_B, qk_A, v_A)))
-        return a + self.mlp(self.norm_mlp(a)), b + self.mlp(self.norm_mlp(b))
+        a = a + linear(self.out_cross, _merge(attend(qk_A, qk_B, v_B)))
+        b = b + linear(self.out_cross, _merge(attend(qk_B, qk_A, v_A)))
+        return a + self._mlp(a), b + self._mlp(b)
 
     def _self(self, x: Tensor, turn: Tensor) -> Tensor:
         q, k, v = (self._split(part) for part in self.qkv(self.norm_self(x)).chunk(3, dim=-1))
         attended = attend(rotate(q, turn), rotate(k, turn), v)
-        return self.out_self(_merge(attended))
+        return linear(self.out_self, _merge(attended))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        wide, _, narrow = self.mlp
+        return linear(narrow, linear(wide, self.norm_mlp(x), gelu=True))  # pyright: ignore[reportArgumentType]
 
     def _cross_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm_cross(x)

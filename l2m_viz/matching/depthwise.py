@@ -57,13 +57,6 @@ def convolve(
     run_kernel(convolve, source.numpy(), first, taps, shift, relu, out.numpy())
 
 
-def add_to_rows(values: Float[Tensor, "n c"], row: Float[Tensor, " c"]) -> None:
-    """Add a row to all rows of float32 on the CPU in place; torch's own sum takes as long as a matrix product."""
-    from l2m_viz.matching._depthwise import add_to_rows
-
-    run_kernel(add_to_rows, values.numpy(), row.detach().contiguous().numpy())
-
-
 def _convolved(
     x: Float[Tensor, "b c h w"], weight: Float[Tensor, "c 1 5 5"], bias: Float[Tensor, " c"] | None
 ) -> Float[Tensor, "b c h w"]:

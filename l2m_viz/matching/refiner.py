@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from l2m_viz._simd import LANES
 from l2m_viz.encoders.folding import conv_norm, fold
+from l2m_viz.encoders.linear import add_to_rows
 from l2m_viz.geometry import HW, normalized_grid
-from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, add_to_rows, convolve
+from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, convolve
 from l2m_viz.matching.local_correlation import local_correlation
 from l2m_viz.matching.propagation import PropagationCfg
 from l2m_viz.parallel import is_traced, large_empty

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.encoders.linear import linear
+
 _NORM_EPS = 1e-5
 
 
@@ -64,7 +66,7 @@ class _Attention(nn.Module):
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)  # [b heads n c/heads]
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        return linear(self.proj, attended.transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
@@ -74,4 +76,4 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return linear(self.fc2, linear(self.fc1, tokens, gelu=True))
