@@ -1,4 +1,7 @@
-"""Numba kernels of Winograd's convolution; `l2m_viz.encoders.winograd` says what they are for. Maps are channels last."""
+"""Numba kernels of Winograd's convolution; `l2m_viz.encoders.winograd` says what they are for.
+
+Maps are channels last.
+"""
 
 # ruff: noqa: ANN001, ANN202 (numba infers the types of each call)
 from typing import no_type_check
@@ -97,7 +100,7 @@ def transform_output(products, first, count, plane, bias, relu, out):
             for i in range(bottom):
                 for j in range(right):
                     value = load(whole, np.uint64((i * OUT + j) * LANES)) + shift
-                    store(flat, np.uint64(at + i * line + j * channels + c), maximum(value, splat(least)))
+                    store(flat, np.uint64(at + i * line + j * channels + c), maximum(splat(least), value))
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)

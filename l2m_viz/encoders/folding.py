@@ -39,7 +39,9 @@ def _winograd_filters(
 ) -> tuple[Float[Tensor, "36 c d"], Float[Tensor, " d"]]:
     """Transformed filters and bias; small ones are kept with the convolution until a parameter changes."""
     parameters = [*conv.parameters(), *norm.parameters(), *norm.buffers()]
-    keep = 36 * conv.in_channels * conv.out_channels <= _KEPT and not any(p.is_inference() for p in parameters)
+    keep = 36 * conv.in_channels * conv.out_channels <= _KEPT and not any(
+        p.is_inference() for p in parameters
+    )
     state = [(p.data_ptr(), p._version) for p in parameters] if keep else None
     kept = conv.__dict__.get("_kept_filters")
     if state is not None and kept is not None and kept[0] == state:

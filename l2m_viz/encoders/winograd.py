@@ -75,7 +75,14 @@ def winograd_conv(
         run_kernel(transform_input, source.numpy(), first, count, plane, transformed.numpy())
         products = torch.bmm(transformed.as_strided((IN * IN, count, c), (plane, c, 1)), filters)
         run_kernel(
-            transform_output, products.numpy().reshape(-1), first, count, count * d, bias.numpy(), relu, out.numpy()
+            transform_output,
+            products.numpy().reshape(-1),
+            first,
+            count,
+            count * d,
+            bias.numpy(),
+            relu,
+            out.numpy(),
         )
     return out.permute(0, 3, 1, 2)
 

@@ -39,8 +39,8 @@ class ViewSamplerCfg:
     rotation_deg: Range = (5.0, 10.0)
     # In-plane rotation after the others, up to 180; photos held upright, as the paper's, have none.
     roll_deg: Range = (0.0, 0.0)
-    # Turn about a point on the first camera's axis, before the others: the second camera walks round the scene and still
-    # looks at it, so that surfaces are seen from another side. The paper's cameras do not.
+    # Turn about a point on the first camera's axis, before the others: the second camera walks round the scene and
+    # still looks at it, so that surfaces are seen from another side. The paper's cameras do not.
     orbit_deg: Range = (0.0, 0.0)
     # Distance of that point.
     pivot: Range = (1.5, 4.0)
@@ -60,7 +60,8 @@ def sample_cameras(
     """Draw n cameras around the photo's own, with its intrinsics and size.
 
     A point moves as X' = R X + t, with R and t drawn term by term from the ranges of ``cfg``; before that, if there is
-    an orbit, about the pivot p as X' = R_o (X - p) + p; after it, if there is a roll, the camera turns about its own axis.
+    an orbit, about the pivot p as X' = R_o (X - p) + p; after it, if there is a roll, the camera turns about its own
+    axis.
     """
     cfg = cfg or ViewSamplerCfg()
     if n < 0:

@@ -1,8 +1,8 @@
-"""Numba kernels of the 5x5 depth-wise convolution, at which torch is slow on a CPU: the map itself and the gradient of
-the weights. Maps are channels last.
+"""Numba kernels of the 5x5 depth-wise convolution, at which torch is slow on a CPU; maps are channels last.
+
+The map itself, which is also the gradient of the input if the kernel is turned, and the gradient of the weights.
 """
 
-# ruff: noqa: ANN001, ANN202 (numba infers the types of each call)
 from typing import no_type_check
 
 import numba
@@ -81,7 +81,7 @@ def convolve(source, first, weight, bias, relu, out):
 
     The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left.
     """
-    batch, rows, width, channels = out.shape
+    batch, rows, _, channels = out.shape
     blocks, bands = (channels + _BLOCK - 1) // _BLOCK, (rows + _ROWS - 1) // _ROWS
     least = _ZERO if relu else np.float32(-np.inf)
     for task in numba.prange(batch * bands * blocks):
@@ -89,7 +89,9 @@ def convolve(source, first, weight, bias, relu, out):
         b = task // (blocks * bands)
         c0, c1 = block * _BLOCK, min(channels, (block + 1) * _BLOCK)
         for row in range(band * _ROWS, min(rows, (band + 1) * _ROWS)):
-            _convolve_row(source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1))
+            _convolve_row(
+                source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1)
+            )
 
 
 @numba.njit(fastmath=_FAST)
@@ -98,8 +100,7 @@ def _convolve_row(source, row, weight, bias, least, c0, c1, out):
     """One row of outputs, channels c0 to c1; four columns at a time where all taps are inside."""
     height, width, channels = source.shape
     above, below = max(0, _RIM - row), min(KERNEL, height + _RIM - row)  # kernel rows inside
-    top = (row - _RIM) * width
-    flat = source.reshape(-1)
+    flat, line, top = source.reshape(-1), width * channels, (row - _RIM) * width
     whole = c1 - (c1 - c0) % _LANES
     column = 0
     while column < width:
@@ -108,42 +109,52 @@ def _convolve_row(source, row, weight, bias, least, c0, c1, out):
             for c in range(c0, c1, _LINE):
                 prefetch(flat, np.uint64(max(0, min(flat.size - 1, newest + c))))
                 prefetch(out, np.uint64(min(out.size - 1, ahead * channels + c)))
-        if column >= _RIM and column + 3 + _RIM < width:
-            at = (top + column - _RIM) * channels
-            _four(flat, at, width * channels, channels, weight, above, below, bias, least, c0, whole, out, column)
+        left, right = max(0, _RIM - column), min(KERNEL, width + _RIM - column)  # kernel columns inside
+        step, at = 1, (top + column - _RIM) * channels
+        if left == 0 and column + 3 + _RIM < width:
             step = 4
+            _four(flat, at, line, channels, weight, above, below, bias, least, c0, whole, out, column)
         else:
-            left, right = max(0, _RIM - column), min(KERNEL, width + _RIM - column)
-            at = (top + column - _RIM) * channels
             _one(
-                flat, at, width * channels, channels, weight, above, below, left, right, bias, least, c0, whole,
-                out, column,
-            )  # fmt: skip
-            step = 1
-        for c in range(whole, c1):
-            for x in range(column, column + step):
+                flat,
+                at,
+                line,
+                channels,
+                weight,
+                above,
+                below,
+                left,
+                right,
+                bias,
+                least,
+                c0,
+                whole,
+                out,
+                column,
+            )
+        for x in range(column, column + step):
+            at, left, right = (top + x - _RIM) * channels, max(0, _RIM - x), min(KERNEL, width + _RIM - x)
+            for c in range(whole, c1):
                 sum_ = bias[c]
                 for dy in range(above, below):
-                    for dx in range(max(0, _RIM - x), min(KERNEL, width + _RIM - x)):
-                        place = (top + dy * width + x - _RIM + dx) * channels + c
-                        sum_ += flat[place] * weight[(dy * KERNEL + dx) * channels + c]
-                out[x * channels + c] = max(sum_, least)
+                    for dx in range(left, right):
+                        tap = weight[(dy * KERNEL + dx) * channels + c]
+                        sum_ += flat[at + dy * line + dx * channels + c] * tap
+                out[x * channels + c] = least if sum_ < least else sum_
         column += step
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)
 @no_type_check
-def _one(
-    source, at, line, channels, weight, above, below, left, right, bias, least, c0, c1, out, column
-):  # fmt: skip
-    """One output with some of the taps, whose first one is at ``at``."""
+def _one(source, at, line, channels, weight, above, below, left, right, bias, least, c0, c1, out, column):
+    """One output of some of the taps; the first of all of them is at ``at``."""
     for c in range(c0, c1, _LANES):
         a = load(bias, np.uint64(c))
         for dy in range(above, below):
             for dx in range(left, right):
                 x = load(source, np.uint64(at + dy * line + dx * channels + c))
                 a = a + x * load(weight, np.uint64((dy * KERNEL + dx) * channels + c))
-        store(out, np.uint64(column * channels + c), maximum(a, splat(least)))
+        store(out, np.uint64(column * channels + c), maximum(splat(least), a))  # NaN stays NaN
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)
@@ -161,39 +172,26 @@ def _four(source, at, line, channels, weight, above, below, bias, least, c0, c1,
             a0 = a0 + value * w0
             x += n
             value = load(source, x)
-            a0 = a0 + value * w1
-            a1 = a1 + value * w0
+            a0, a1 = a0 + value * w1, a1 + value * w0
             x += n
             value = load(source, x)
-            a0 = a0 + value * w2
-            a1 = a1 + value * w1
-            a2 = a2 + value * w0
+            a0, a1, a2 = a0 + value * w2, a1 + value * w1, a2 + value * w0
             x += n
             value = load(source, x)
-            a0 = a0 + value * w3
-            a1 = a1 + value * w2
-            a2 = a2 + value * w1
-            a3 = a3 + value * w0
+            a0, a1, a2, a3 = a0 + value * w3, a1 + value * w2, a2 + value * w1, a3 + value * w0
             x += n
             value = load(source, x)
-            a0 = a0 + value * w4
-            a1 = a1 + value * w3
-            a2 = a2 + value * w2
-            a3 = a3 + value * w1
+            a0, a1, a2, a3 = a0 + value * w4, a1 + value * w3, a2 + value * w2, a3 + value * w1
             x += n
             value = load(source, x)
-            a1 = a1 + value * w4
-            a2 = a2 + value * w3
-            a3 = a3 + value * w2
+            a1, a2, a3 = a1 + value * w4, a2 + value * w3, a3 + value * w2
             x += n
             value = load(source, x)
-            a2 = a2 + value * w4
-            a3 = a3 + value * w3
+            a2, a3 = a2 + value * w4, a3 + value * w3
             x += n
-            value = load(source, x)
-            a3 = a3 + value * w4
+            a3 = a3 + load(source, x) * w4
         low, o = splat(least), np.uint64(column * channels + c)
-        store(out, o, maximum(a0, low))
-        store(out, o + n, maximum(a1, low))
-        store(out, o + n + n, maximum(a2, low))
-        store(out, o + n + n + n, maximum(a3, low))
+        store(out, o, maximum(low, a0))
+        store(out, o + n, maximum(low, a1))
+        store(out, o + n + n, maximum(low, a2))
+        store(out, o + n + n + n, maximum(low, a3))

@@ -187,7 +187,9 @@ class DenseNetwork(nn.Module):
         self, image_A: Float[Tensor, "b 3 h w"], image_B: Float[Tensor, "b 3 h2 w2"], *, coarse: bool
     ) -> tuple[Pyramid, Pyramid]:
         """Projected features of both images."""
-        if _hw(image_A) != _hw(image_B):
+        # On a CPU a larger batch is no quicker, and the fine maps of two are the peak of a match's memory.
+        alone = image_A.device.type == "cpu" and not torch.is_grad_enabled()
+        if alone or _hw(image_A) != _hw(image_B):
             return self._project(self.encode(image_A, coarse=coarse)), self._project(
                 self.encode(image_B, coarse=coarse)
             )

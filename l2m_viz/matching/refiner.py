@@ -167,9 +167,10 @@ class RefinerBlock(nn.Sequential):
         more_in, more_out = channels - width_in, out.shape[-1] - width_out
         weight, bias = fold(depthwise, norm)
         weight, bias = F.pad(weight, (0, 0) * 3 + (0, more_in)), F.pad(bias, (0, more_in))
-        matrix = F.pad(pointwise.weight.flatten(1).T, (0, more_out, 0, more_in))
+        matrix = F.pad(pointwise.weight.flatten(1), (0, more_in, 0, more_out)).T
         weight, bias, matrix, shift = (
-            parameter.to(x.dtype) for parameter in (weight, bias, matrix, F.pad(pointwise.bias, (0, more_out)))
+            parameter.to(x.dtype)
+            for parameter in (weight, bias, matrix, F.pad(pointwise.bias, (0, more_out)))
         )
         rim, width = weight.shape[-1] // 2, x.shape[2]
         rows = max(1, _BAND_BYTES // (width * channels * x.element_size()))

@@ -10,7 +10,6 @@ round of cameras to hear which pairs overlap enough; the others get a camera tha
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 
 import torch

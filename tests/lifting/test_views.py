@@ -72,6 +72,34 @@ def test_a_roll_comes_after_the_move_so_the_camera_stays_where_it_is():
     )  # and looks the same way
 
 
+def test_an_orbit_keeps_its_pivot_in_the_middle_at_the_same_distance():
+    """With nothing else moving, a point of the first camera's axis within the range of pivots stays where it is."""
+    still = ViewSamplerCfg(
+        shift=(0.0, 0.0), dolly=(0.0, 0.0), rotation_deg=(0.0, 0.0), orbit_deg=(20.0, 50.0), pivot=(3.0, 3.0)
+    )
+    scene = _scene(7.0)
+    cameras = sample_cameras(scene, 50, still, torch.Generator().manual_seed(6))
+    pivot = torch.tensor([0.0, 0.0, 3.0 * scene.unit, 1.0])
+    angles = []
+    for camera in cameras:
+        torch.testing.assert_close(camera.w2c @ pivot, pivot, atol=1e-4 * scene.unit, rtol=0)
+        angles.append(math.degrees(math.acos(camera.w2c[2, 2].item())))  # between the two lines of sight
+        assert camera.w2c[0, 1] == pytest.approx(
+            camera.w2c[1, 0].item(), abs=1e-6
+        )  # about no axis but across: no roll
+    assert 20 - 1e-3 <= min(angles) < 25 and 45 < max(angles) <= 50 + 1e-3
+    centers = torch.stack([camera.center for camera in cameras])
+    assert (centers[:, :2] > 0).float().mean(dim=0).sub(0.5).abs().max() < 0.25  # to all sides
+
+
+def test_an_orbit_comes_before_the_rest_of_the_move():
+    """The same draws with an orbit of nothing are those without."""
+    (plain,) = sample_cameras(_scene(), 1, ViewSamplerCfg(), torch.Generator().manual_seed(7))
+    tiny = ViewSamplerCfg(orbit_deg=(1e-6, 1e-6))
+    (orbited,) = sample_cameras(_scene(), 1, tiny, torch.Generator().manual_seed(7))
+    torch.testing.assert_close(orbited.w2c, plain.w2c, atol=1e-5, rtol=0)
+
+
 def test_intrinsics_range():
     generator = torch.Generator().manual_seed(3)
     focals = (

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2m_viz.matching.depthwise import DepthwiseConv2d
+from l2m_viz.matching.depthwise import DepthwiseConv2d, convolve
 
 
 @pytest.mark.parametrize("channels", [1, 8, 19])
@@ -41,3 +41,33 @@ def test_a_frozen_input_gets_no_gradient():
     # All-ones input: every tap's gradient is the number of places where it stays on the 6x8 map.
     counts = torch.tensor([4, 5, 6, 5, 4.0])[:, None] * torch.tensor([6, 7, 8, 7, 6.0])
     torch.testing.assert_close(conv.weight.grad, counts.expand(4, 1, 5, 5))
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (2, 3), (5, 6), (9, 21)])
+@pytest.mark.parametrize("channels", [3, 8, 72, 77])
+def test_any_rows_of_any_map(hw, channels):
+    """Narrower than the kernel and wider than what is made at once, whole vectors or not, some rows only."""
+    generator = torch.Generator().manual_seed(0)
+    source, weight = (
+        torch.randn(shape, generator=generator) for shape in ((2, *hw, channels), (channels, 1, 5, 5))
+    )
+    bias = torch.linspace(-1, 1, channels)
+    whole = nn.functional.conv2d(
+        source.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=2, groups=channels
+    ).permute(0, 2, 3, 1)
+    for first in {0, hw[0] // 2}:
+        for relu in (False, True):
+            out = torch.empty(2, hw[0] - first, hw[1], channels)
+            convolve(source, first, weight, bias, out, relu=relu)
+            expected = whole[:, first:].clamp(min=0) if relu else whole[:, first:]
+            torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_nan_reaches_its_neighbourhood_and_is_not_rectified_away():
+    source = torch.zeros(1, 9, 12, 8)
+    source[0, 4, 5] = torch.nan
+    out = torch.empty_like(source)
+    convolve(source, 0, torch.ones(8, 1, 5, 5), None, out, relu=True)
+    near = torch.zeros(9, 12, dtype=torch.bool)
+    near[2:7, 3:8] = True
+    assert torch.equal(out[0].isnan().all(dim=-1), near)

@@ -180,6 +180,24 @@ def test_probabilities_are_shares(photo):
         assert abs(count - share) <= 12  # three standard deviations
 
 
+def test_an_orbit_is_as_exact_and_for_its_share_of_the_pairs(photo):
+    views = ViewSamplerCfg(
+        shift=(0.0, 0.05),
+        dolly=(0.0, 0.05),
+        rotation_deg=(0.0, 1.0),
+        orbit_deg=(12.0, 15.0),
+        pivot=(1.5, 2.0),
+    )
+    pair = make_pair(photo, PairCfg(hw=HW, views=views), seed=2)
+    seen = pair.covisibility_A_to_B
+    error = (sample_image(pair.image_B, pair.warp_A_to_B) - pair.image_A).abs().mean(dim=-1)[seen]
+    assert pair.T_A_to_B[2, 2] < 0.985  # more than 10 degrees between the lines of sight
+    assert pair.overlap >= 0.15 and error.median() < 0.02
+    cfg = PairCfg(hw=(24, 32), views=views, p_orbit=0.5, min_overlap=0.01)
+    orbits = sum(make_pair(photo, cfg, seed=seed).T_A_to_B[2, 2].item() < 0.99 for seed in range(60))
+    assert abs(orbits - 30) <= 12  # three standard deviations
+
+
 def test_a_rolled_pair_is_as_exact(photo):
     views = ViewSamplerCfg(
         shift=(0.1, 0.2), dolly=(0.1, 0.2), rotation_deg=(1.0, 3.0), roll_deg=(150.0, 180.0)
