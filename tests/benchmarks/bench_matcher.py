@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from l2m_viz.encoders.winograd import transform_filters, winograd_conv
 from l2m_viz.geometry import HW, normalized_grid
 from l2m_viz.matching import Match
 from l2m_viz.matching.dense import DenseMatcher
+from l2m_viz.matching.depthwise import convolve
 from l2m_viz.matching.local_correlation import local_correlation
+from l2m_viz.matching.matcher import fastest_precision
 from l2m_viz.matching.network import DenseNetwork, official_cfg
 from l2m_viz.matching.propagation import PropagationCfg, _propagate_in_torch, propagate
 from l2m_viz.matching.weights import official_key
@@ -82,6 +85,55 @@ def bench_propagation(benchmark, in_units, form):
     _seconds[f"propagation in {form}"] = benchmark.stats.stats.median
     if "propagation in torch" in _seconds and form == "numba":
         benchmark.extra_info["ratio"] = _seconds["propagation in torch"] / _seconds["propagation in numba"]
+
+
+@pytest.mark.parametrize("form", ["torch", "ours"])
+def bench_wide_convolution(benchmark, in_units, form):
+    """A 3x3 layer of VGG19's last level at 864x864 with its ReLU: by Winograd's filters, made anew each time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 512, 108, 120, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(512, 512, 3, 3, generator=generator) / 68, torch.zeros(512)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    direct = 2 * 9 * 512 * x.numel()
+    with torch.no_grad():
+        if form == "torch":
+            in_units(
+                "3x3 layer, torch", lambda: torch.conv2d(x, weight, bias, padding=1).relu_(), flops=direct
+            )
+        else:  # 36 products for 16 results instead of 9 for each
+            work = lambda: winograd_conv(x, transform_filters(weight), bias, relu=True)  # noqa: E731
+            in_units("3x3 layer", work, flops=direct / 4)
+    _ratio(benchmark, "3x3 layer", form)
+
+
+@pytest.mark.parametrize("form", ["torch", "ours"])
+@pytest.mark.parametrize("width", [40, 569])
+def bench_depthwise(benchmark, in_units, form, width):
+    """A refiner's depth-wise 5x5 layer with its ReLU: l2m-tiny's finest one, and the official one at stride 4."""
+    generator = torch.Generator().manual_seed(0)
+    hw = (256, 352) if width == 40 else (64, 216)
+    x, weight = (
+        torch.randn(1, *hw, width, generator=generator),
+        torch.randn(width, 1, 5, 5, generator=generator),
+    )
+    bias, out = torch.zeros(width), torch.empty_like(x)
+    cost = {"moved": 2 * x.nbytes, "flops": 50 * x.numel()}
+    with torch.no_grad():
+        if form == "torch":
+            channels_first = x.permute(0, 3, 1, 2)
+            work = lambda: torch.conv2d(channels_first, weight, bias, padding=2, groups=width).relu_()  # noqa: E731
+            in_units(f"depth-wise layer, {width} channels, torch", work, **cost)
+        else:
+            work = lambda: convolve(x, 0, weight, bias, out, relu=True)  # noqa: E731
+            in_units(f"depth-wise layer, {width} channels", work, **cost)
+    _ratio(benchmark, f"depth-wise {width}", form)
+
+
+def _ratio(benchmark, name: str, form: str) -> None:
+    """Note how much quicker ours is, once torch's has been measured."""
+    _seconds[f"{name} {form}"] = benchmark.stats.stats.median
+    if form == "ours" and f"{name} torch" in _seconds:
+        benchmark.extra_info["ratio"] = _seconds[f"{name} torch"] / _seconds[f"{name} ours"]
 
 
 def bench_balanced_sampling(in_units):
@@ -204,8 +256,10 @@ def bench_small_network_equals_the_yardstick(benchmark, tmp_path):
 
 @pytest.mark.slow
 def bench_whole_network(benchmark, tmp_path, capsys):
-    """560 then 864, one pair, both ways, against the yardstick."""
-    results = {variant: _measure(variant, tmp_path) for variant in ("float32", "bfloat16", "yardstick")}
+    """560 then 864, one pair, both ways, against the yardstick; bfloat16 only where the processor multiplies it."""
+    quick = fastest_precision(torch.device("cpu")) == "bfloat16"
+    variants = ("float32", "bfloat16", "yardstick") if quick else ("float32", "yardstick")
+    results = {variant: _measure(variant, tmp_path) for variant in variants}
     benchmark.pedantic(lambda: None, rounds=1)  # timed inside, each variant in its process
     yardstick = results["yardstick"]
     for variant, result in results.items():
@@ -224,6 +278,6 @@ def bench_whole_network(benchmark, tmp_path, capsys):
             )
     units = {variant: result["seconds"] / result["unit"] for variant, result in results.items()}
     assert units["yardstick"] / units["float32"] >= 2
-    assert units["yardstick"] / units["bfloat16"] >= 5
+    assert not quick or units["yardstick"] / units["bfloat16"] >= 5
     assert _agreement(results["float32"], yardstick, 1e-3) >= 0.999
     assert results["float32"]["peak"] <= 3.75e9
