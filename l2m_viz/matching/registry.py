@@ -1,5 +1,6 @@
 """Which matchers there are, what each needs, and how to get one."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from l2m_viz.errors import L2MError, MissingError
 from l2m_viz.geometry import HW
 from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
-from l2m_viz.matching.matcher import Matcher, Precision
+from l2m_viz.matching.matcher import Matcher, Precision, fastest_precision
 from l2m_viz.matching.tiny import SHIPPED, Shipped, load_tiny, tiny_dense_matcher
 from l2m_viz.matching.weights import CHECKPOINTS, load_published
 
@@ -159,8 +160,9 @@ def load_matcher(
         backbone_weights: The same of the DINOv2 of a dense network, or of the keypoint detector of a sparse one.
         resolution: Size (H, W) that a dense network works at; None takes its authors'.
         upsample_resolution: Size (H, W) of its second pass.
-        precision: "bfloat16" is several times faster where the processor has it, and moves a few matches between
-            places that look alike; None takes float32 for published networks, for l2m-tiny what is faster here.
+        precision: "bfloat16" is several times faster where the processor has it (elsewhere many times slower, and
+            there is a warning), and moves a few matches between places that look alike; None takes float32 for
+            published networks, for l2m-tiny what is faster here.
 
     Raises:
         MissingError: there is no such matcher, or its weights are not here and cannot be fetched.
@@ -177,7 +179,11 @@ def load_matcher(
                 f"of these options only {', '.join(entry.takes)}" if entry.takes else "none of these options"
             )
             raise L2MError(f"matcher '{name}'", expected=expected, got=field.name, todo="leave it out")
-    return entry.load(options, resolve_device(device))
+    device = resolve_device(device)
+    if precision == "bfloat16" and fastest_precision(device) != "bfloat16":
+        told = f"matcher '{name}': {device.type} does not multiply bfloat16 here, so float32 is many times faster"
+        warnings.warn(told, stacklevel=2)
+    return entry.load(options, device)
 
 
 def _info(name: str, entry: _Entry) -> MatcherInfo:

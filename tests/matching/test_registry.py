@@ -3,6 +3,8 @@
 The published networks are built at small widths, the rest of the way (files, wrappers, names, strictness) is theirs.
 """
 
+import warnings
+
 import pytest
 import torch
 
@@ -184,3 +186,16 @@ def test_the_command_prints_a_line_for_each_and_what_is_missing(capsys):
         [info.name, info.kind, "ready" if info.available else "absent"] for info in list_matchers()
     ]
     assert sum("https://" in line for line in lines) == sum(not info.available for info in list_matchers())
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_where_the_processor_has_none_is_warned_of(monkeypatch, has_it):
+    """Asked for it is taken; unasked l2m-tiny takes what is faster."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        matcher = load_matcher("l2m-tiny", "cpu", precision="bfloat16")
+        unasked = load_matcher("l2m-tiny", "cpu")
+    assert matcher.cfg.precision == "bfloat16"
+    assert unasked.cfg.precision == ("bfloat16" if has_it else "float32")
+    assert [("does not multiply bfloat16" in str(w.message)) for w in caught] == [True] * (not has_it)

@@ -169,3 +169,15 @@ def test_evaluation_sees_the_average_and_is_logged(tmp_path):
     run_loop(run, _step(run), evaluate=lambda: {"figure": 7.0}, evaluate_every=6)
     assert [line["step"] for line in _log(tmp_path) if "val/figure" in line] == [6, 12]
     assert [line["twice"] for line in _log(tmp_path) if "twice" in line] == [2, 8, 14, 20]  # means of three
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_it", "half"),
+    [(None, True, True), (None, False, False), ("bfloat16", False, True), ("float32", True, False)],
+)
+def test_products_are_in_bfloat16_where_that_is_faster_or_asked_for(monkeypatch, precision, has_it, half):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
+    with RunCfg(precision=precision).autocast("cpu"):
+        assert torch.mm(torch.ones(2, 3), torch.ones(3, 4)).dtype == (
+            torch.bfloat16 if half else torch.float32
+        )

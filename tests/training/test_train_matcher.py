@@ -23,6 +23,7 @@ from l2m_viz.training.train_matcher import (
     WEIGHTS,
     Curriculum,
     MatcherTrainingCfg,
+    MatcherTrainingOptions,
     train_matcher,
     with_unrelated,
 )
@@ -82,6 +83,16 @@ def test_the_curriculum_opens():
     assert curriculum.range_at(0) == (0.1, 0.5)
     assert curriculum.range_at(50) == (0.1, pytest.approx(1.0))
     assert curriculum.range_at(1000) == (0.1, 1.5)
+
+
+def test_what_a_user_may_choose():
+    cfg = PRESETS["tiny"]()
+    assert MatcherTrainingOptions().applied_to(cfg) == cfg
+    chosen = MatcherTrainingOptions(lr=1e-4, ramp_steps=0, steps=70).applied_to(cfg)
+    assert (chosen.run.lr, chosen.run.steps) == (1e-4, 70)
+    assert chosen.curriculum.range_at(0) == cfg.curriculum.range_at(
+        cfg.curriculum.ramp_steps
+    )  # as hard as it gets
 
 
 def test_unrelated_pairs_get_another_picture_and_are_covisible_nowhere(photos):
