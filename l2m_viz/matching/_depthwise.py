@@ -76,61 +76,48 @@ def _row(padded, x, grad, g, width, channels, sums, s):
 
 @numba.njit(parallel=True, cache=True, fastmath=_FAST)
 @no_type_check
-def convolve(source, first, weight, bias, relu, out):
-    """Fill ``out`` (b, rows, w, c) with the convolution at rows ``first`` on of ``source`` (b, h, w, c).
+def convolve(source, shape, first, rows, weight, bias, relu, out):
+    """Fill ``out`` (b, rows, w, c) with the convolution at rows ``first`` on of ``source`` (b, h, w, c), its shape.
 
-    The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left.
+    The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left. Arrays are flat.
     """
-    batch, rows, _, channels = out.shape
+    batch, height, _, channels = shape
     blocks, bands = (channels + _BLOCK - 1) // _BLOCK, (rows + _ROWS - 1) // _ROWS
     least = _ZERO if relu else np.float32(-np.inf)
     for task in numba.prange(batch * bands * blocks):
-        block, band = task % blocks, task // blocks % bands
-        b = task // (blocks * bands)
+        block, band, b = task % blocks, task // blocks % bands, task // (blocks * bands)
         c0, c1 = block * _BLOCK, min(channels, (block + 1) * _BLOCK)
         for row in range(band * _ROWS, min(rows, (band + 1) * _ROWS)):
-            _convolve_row(
-                source[b], first + row, weight.reshape(-1), bias, least, c0, c1, out[b, row].reshape(-1)
-            )
+            place = b * height, first + row, b * rows + row
+            _convolve_row(source, place, shape, weight, bias, least, c0, c1, out)
 
 
 @numba.njit(fastmath=_FAST)
 @no_type_check
-def _convolve_row(source, row, weight, bias, least, c0, c1, out):
-    """One row of outputs, channels c0 to c1; four columns at a time where all taps are inside."""
-    height, width, channels = source.shape
-    above, below = max(0, _RIM - row), min(KERNEL, height + _RIM - row)  # kernel rows inside
-    flat, line, top = source.reshape(-1), width * channels, (row - _RIM) * width
+def _convolve_row(source, place, shape, weight, bias, least, c0, c1, out):
+    """One row of outputs, channels c0 to c1; four columns at a time where all taps are inside.
+
+    ``place``: first row of this image in the source, the row in the image, and the row of ``out``.
+    """
+    _, height, width, channels = shape
+    above, below = max(0, _RIM - place[1]), min(KERNEL, height + _RIM - place[1])  # kernel rows inside
+    line, top, to = width * channels, (place[0] + place[1] - _RIM) * width, place[2] * width
     whole = c1 - (c1 - c0) % _LANES
     column = 0
     while column < width:
         for ahead in range(column + _AHEAD, column + _AHEAD + 4):  # no hardware sees such strides coming
             newest = (top + (KERNEL - 1) * width + ahead) * channels
             for c in range(c0, c1, _LINE):
-                prefetch(flat, np.uint64(max(0, min(flat.size - 1, newest + c))))
-                prefetch(out, np.uint64(min(out.size - 1, ahead * channels + c)))
+                prefetch(source, np.uint64(max(0, min(source.size - 1, newest + c))))
+                prefetch(out, np.uint64(min(out.size - 1, (to + ahead) * channels + c)))
         left, right = max(0, _RIM - column), min(KERNEL, width + _RIM - column)  # kernel columns inside
-        step, at = 1, (top + column - _RIM) * channels
+        step, at, o = 1, (top + column - _RIM) * channels, (to + column) * channels
         if left == 0 and column + 3 + _RIM < width:
             step = 4
-            _four(flat, at, line, channels, weight, above, below, bias, least, c0, whole, out, column)
+            _four(source, at, line, channels, weight, above, below, bias, least, c0, whole, out, o)
         else:
             _one(
-                flat,
-                at,
-                line,
-                channels,
-                weight,
-                above,
-                below,
-                left,
-                right,
-                bias,
-                least,
-                c0,
-                whole,
-                out,
-                column,
+                source, at, line, channels, weight, above, below, left, right, bias, least, c0, whole, out, o
             )
         for x in range(column, column + step):
             at, left, right = (top + x - _RIM) * channels, max(0, _RIM - x), min(KERNEL, width + _RIM - x)
@@ -139,14 +126,14 @@ def _convolve_row(source, row, weight, bias, least, c0, c1, out):
                 for dy in range(above, below):
                     for dx in range(left, right):
                         tap = weight[(dy * KERNEL + dx) * channels + c]
-                        sum_ += flat[at + dy * line + dx * channels + c] * tap
-                out[x * channels + c] = least if sum_ < least else sum_
+                        sum_ += source[at + dy * line + dx * channels + c] * tap
+                out[(to + x) * channels + c] = least if sum_ < least else sum_
         column += step
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)
 @no_type_check
-def _one(source, at, line, channels, weight, above, below, left, right, bias, least, c0, c1, out, column):
+def _one(source, at, line, channels, weight, above, below, left, right, bias, least, c0, c1, out, o):
     """One output of some of the taps; the first of all of them is at ``at``."""
     for c in range(c0, c1, _LANES):
         a = load(bias, np.uint64(c))
@@ -154,12 +141,12 @@ def _one(source, at, line, channels, weight, above, below, left, right, bias, le
             for dx in range(left, right):
                 x = load(source, np.uint64(at + dy * line + dx * channels + c))
                 a = a + x * load(weight, np.uint64((dy * KERNEL + dx) * channels + c))
-        store(out, np.uint64(column * channels + c), maximum(splat(least), a))  # NaN stays NaN
+        store(out, np.uint64(o + c), maximum(splat(least), a))  # NaN stays NaN
 
 
 @numba.njit(forceinline=True, fastmath=_FAST)
 @no_type_check
-def _four(source, at, line, channels, weight, above, below, bias, least, c0, c1, out, column):
+def _four(source, at, line, channels, weight, above, below, bias, least, c0, c1, out, o):
     """Four outputs side by side, which share eight columns of the source."""
     n = np.uint64(channels)
     for c in range(c0, c1, _LANES):
@@ -190,8 +177,8 @@ def _four(source, at, line, channels, weight, above, below, bias, least, c0, c1,
             a2, a3 = a2 + value * w4, a3 + value * w3
             x += n
             a3 = a3 + load(source, x) * w4
-        low, o = splat(least), np.uint64(column * channels + c)
-        store(out, o, maximum(low, a0))
-        store(out, o + n, maximum(low, a1))
-        store(out, o + n + n, maximum(low, a2))
-        store(out, o + n + n + n, maximum(low, a3))
+        low, o_c = splat(least), np.uint64(o + c)
+        store(out, o_c, maximum(low, a0))
+        store(out, o_c + n, maximum(low, a1))
+        store(out, o_c + n + n, maximum(low, a2))
+        store(out, o_c + n + n + n, maximum(low, a3))

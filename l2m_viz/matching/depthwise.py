@@ -52,9 +52,10 @@ def convolve(
     """Fill ``out`` with the convolution at rows ``first`` on of a float32 map on the CPU, which is zero outside."""
     from l2m_viz.matching._depthwise import convolve
 
-    taps = weight.detach().reshape(len(weight), -1).T.contiguous().numpy()
+    taps = weight.detach().reshape(len(weight), -1).T.contiguous().view(-1).numpy()
     shift = np.zeros(len(weight), np.float32) if bias is None else bias.detach().contiguous().numpy()
-    run_kernel(convolve, source.numpy(), first, taps, shift, relu, out.numpy())
+    flat_source, flat_out = source.view(-1).numpy(), out.view(-1).numpy()
+    run_kernel(convolve, flat_source, tuple(source.shape), first, out.shape[1], taps, shift, relu, flat_out)
 
 
 def _convolved(
