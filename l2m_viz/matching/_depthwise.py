@@ -79,7 +79,7 @@ def _row(padded, x, grad, g, width, channels, sums, s):
 def convolve(source, shape, first, rows, weight, bias, relu, out):
     """Fill ``out`` (b, rows, w, c) with the convolution at rows ``first`` on of ``source`` (b, h, w, c), its shape.
 
-    The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left. Arrays are flat.
+    The source is zero outside. ``weight`` is (25, c), row by row; with ``relu`` nothing negative is left. All is flat.
     """
     batch, height, _, channels = shape
     blocks, bands = (channels + _BLOCK - 1) // _BLOCK, (rows + _ROWS - 1) // _ROWS
