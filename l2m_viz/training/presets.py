@@ -1,4 +1,4 @@
-"""The settings that the shipped weights were trained with."""
+"""The settings that the shipped weights were trained with; what came later, `weights/EXPERIMENTS.md` says (orbits)."""
 
 from collections.abc import Callable
 from dataclasses import replace
