@@ -27,7 +27,7 @@ from l2m_viz.evaluation.features import (
     photo_pairs,
     renamed,
 )
-from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_to_folder
+from l2m_viz.jobs import MatcherOptions, inspect_shards, lift_to_folder, match_to_folder, require_png
 from l2m_viz.matching import list_matchers, load_matcher
 from l2m_viz.matching.tiny import read_weights
 from l2m_viz.matching.weights import published_encoder, save_official
@@ -316,6 +316,8 @@ def eval_features(
         out: Also write the table (.md).
         picture: Also draw the first pair as the encoders see it (.png).
     """
+    if picture is not None:
+        require_png(picture)
     cfg = FeaturePckCfg(num_photo_pairs=num)
     pairs = photo_pairs(photos, cfg) if photos else []
     pairs += load_dev_pairs(data, ["rgbd"]) if data else []

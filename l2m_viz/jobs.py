@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from l2m_viz.data import atomic_write, read_image, remove_file, write_image
+from l2m_viz.encoders import load_encoder
 from l2m_viz.errors import FileFormatError, L2MError
 from l2m_viz.geometry import HW, normalized_grid, sample_image, sample_warp
 from l2m_viz.lifting import sample_cameras
@@ -90,9 +91,10 @@ def lift_to_folder(cfg: PhotoCfg, out: Path, views: int, seed: int) -> Iterator[
     """Lift a photo; write scene.npz, gaussians.npz, pca.npz and the views as PNG; yield what was done."""
     if not 0 <= seed < 2**63 or views < 0:
         raise L2MError("lift", expected="0 <= --seed < 2^63, --views >= 0", got=f"seed {seed}, views {views}")
+    load_encoder(cfg.encoder)  # an absent one is said before anything of an earlier run is gone
+    photo = lift_photo(cfg)
     for old in out.glob("view_*.png"):  # more views of an earlier run would look like this one's
         remove_file(old)
-    photo = lift_photo(cfg)
     if photo.depth.method == "prior":
         yield "no depth file: the offline prior guessed it (plausible at best)"
     photo.scene.save(out / "scene.npz")
@@ -115,6 +117,7 @@ def inspect_shards(source: Path, num: int, out: Path, verify: bool) -> Iterator[
     """
     if num < 1:
         raise L2MError("inspect", expected="--num of at least 1", got=str(num))
+    require_png(out)
     reader = ShardReader(source)
     if verify:
         _require_whole(source, reader)
@@ -134,6 +137,16 @@ def inspect_shards(source: Path, num: int, out: Path, verify: bool) -> Iterator[
     with atomic_write(out) as file:
         file.write(figures.to_png(contact_sheet(pairs, titles, side_by_side=side_by_side)))
     yield f"{len(reader)} pairs in {source}; picture of {len(records)} in {out}"
+
+
+def require_png(path: Path) -> None:
+    """A figure is written as PNG.
+
+    Raises:
+        L2MError: the file's name says something else.
+    """
+    if path.suffix.lower() != ".png":
+        raise L2MError(f"cannot write {path}", expected="a name in .png", got=repr(path.suffix))
 
 
 def _require_whole(source: Path, reader: ShardReader) -> None:

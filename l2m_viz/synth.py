@@ -252,7 +252,10 @@ def _make_shards(
     if not missing:
         return {}
     skipped: dict[str, str] = {}
-    index.save(out)  # without the damaged ones
+    if index.shards:
+        index.save(
+            out
+        )  # without the damaged ones; before the first one is made there is nothing to go on with
     made = _told(_encoded_pairs(encoder, list(missing.values()), cfg.workers), index.num_made, skipped, tell)
     with closing(made):  # stops the workers before the lock is gone
         for name, pairs in missing.items():

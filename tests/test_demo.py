@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from l2m_viz import (
 from l2m_viz.cli import main
 from l2m_viz.data import load_sample, write_image
 from l2m_viz.demo import DemoCfg, run_demo
+from l2m_viz.jobs import lift_to_folder
+from l2m_viz.photo import PhotoCfg
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +199,11 @@ def test_help_of_the_real_command():
     assert shown.returncode == 0
     for command in ("demo", "match", "lift", "matchers"):
         assert command in shown.stdout
+
+
+@pytest.mark.parametrize("wrong", [{"image": Path("missing.png")}, {"encoder": "nothing"}])
+def test_a_lift_that_cannot_be_leaves_the_last_one_alone(tmp_path, wrong):
+    (tmp_path / "view_0.png").write_bytes(b"of an earlier run")
+    with pytest.raises(L2MError):
+        list(lift_to_folder(PhotoCfg(**wrong), tmp_path, views=1, seed=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["view_0.png"]

@@ -1,5 +1,7 @@
 """A convolution and its batch norm as one convolution, when nothing is being learned."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -12,7 +14,8 @@ def conv_norm(
     x: Float[Tensor, "b c h w"], conv: nn.Conv2d, norm: nn.BatchNorm2d, *, relu: bool = False
 ) -> Float[Tensor, "b d h2 w2"]:
     """Return ``norm(conv(x))``, with ``relu`` its positive part; in evaluation the map is written once."""
-    if norm.training or torch.is_grad_enabled():
+    if norm.training or torch.is_grad_enabled() or conv.padding_mode != "zeros":
+        _kept.pop(conv, None)  # what learns has other filters next time, whatever its optimiser tells torch
         y = norm(conv(x))
         return F.relu(y, inplace=True) if relu else y
     if suits_winograd(x, conv):
@@ -38,21 +41,23 @@ def _winograd_filters(
     conv: nn.Conv2d, norm: nn.BatchNorm2d
 ) -> tuple[Float[Tensor, "36 c d"], Float[Tensor, " d"]]:
     """Transformed filters and bias; small ones are kept with the convolution until a parameter changes."""
+    if 36 * conv.in_channels * conv.out_channels > _MOST_KEPT:
+        weight, bias = fold(conv, norm)
+        return transform_filters(weight), bias
+    # Sums tell a change that torch does not count, as one by `.data` or by a fused optimiser.
     parameters = [*conv.parameters(), *norm.parameters(), *norm.buffers()]
-    keep = 36 * conv.in_channels * conv.out_channels <= _KEPT and not any(
-        p.is_inference() for p in parameters
-    )
-    state = [(p.data_ptr(), p._version) for p in parameters] if keep else None
-    kept = conv.__dict__.get("_kept_filters")
-    if state is not None and kept is not None and kept[0] == state:
-        return kept[1]
-    weight, bias = fold(conv, norm)
-    made = transform_filters(weight), bias
-    if state is not None:
-        conv.__dict__["_kept_filters"] = state, made
-    return made
+    state = [
+        (id(p), 0 if p.is_inference() else p._version, p.sum(dtype=torch.float64).item()) for p in parameters
+    ]
+    if conv not in _kept or _kept[conv][0] != state:
+        weight, bias = fold(conv, norm)
+        _kept[conv] = state, (transform_filters(weight), bias)
+    return _kept[conv][1]
 
 
+_kept: WeakKeyDictionary[nn.Conv2d, tuple[list[tuple[int, int, float]], tuple[Tensor, Tensor]]] = (
+    WeakKeyDictionary()
+)
 # Numbers of a layer's filters: to make them again takes a third of a small map's convolution, and nothing of a large
 # one's, which has large filters, too.
-_KEPT = 2**21
+_MOST_KEPT = 2**21

@@ -29,7 +29,7 @@ def linear(layer: nn.Linear, x: Float[Tensor, "*b c"], *, gelu: bool = False) ->
     y = large_empty((x.numel() // layer.in_features, layer.out_features), x.dtype)
     torch.mm(x.reshape(-1, layer.in_features), layer.weight.T, out=y)
     add_to_rows(y, layer.bias, gelu=gelu)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], layer.out_features)
 
 
 def add_to_rows(values: Float[Tensor, "n c"], row: Float[Tensor, " c"], *, gelu: bool = False) -> None:

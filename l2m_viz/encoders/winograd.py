@@ -37,6 +37,7 @@ def suits_winograd(x: Float[Tensor, "b c h w"], conv: nn.Conv2d) -> bool:
         and conv.padding == (1, 1)
         and conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
+        and conv.padding_mode == "zeros"
         and min(conv.in_channels, conv.out_channels) >= _LEAST_CHANNELS
         and conv.in_channels % LANES == conv.out_channels % LANES == 0
         and not torch.is_autocast_enabled("cpu")

@@ -64,8 +64,9 @@ class DisMatcher(Matcher):
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         flow_A = _flow(dis, padded_A, padded_B)[: grey_A.shape[0], : grey_A.shape[1]]
         flow_B = _flow(dis, padded_B, padded_A)[: grey_B.shape[0], : grey_B.shape[1]]
-        warp_A, certainty_A = self._verify(flow_A, flow_B, grey_A)
-        warp_B, certainty_B = self._verify(flow_B, flow_A, grey_B)
+        texture_A, texture_B = self._texture(grey_A), self._texture(grey_B)
+        warp_A, certainty_A = self._verify(flow_A, flow_B, texture_A, texture_B)
+        warp_B, certainty_B = self._verify(flow_B, flow_A, texture_B, texture_A)
         return Match(warp_A, certainty_A, warp_B, certainty_B, _hw(image_A), _hw(image_B), matcher=self.name)
 
     def _working_sizes(self, image_A: Tensor, image_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,13 +86,15 @@ class DisMatcher(Matcher):
         self,
         forward: Float[Tensor, "ha wa 2"],
         backward: Float[Tensor, "hb wb 2"],
-        grey: UInt8[np.ndarray, "ha wa"],
+        texture: Float[Tensor, "ha wa"],
+        texture_to: Float[Tensor, "hb wb"],
     ) -> tuple[Float[Tensor, "ha wa 2"], Float[Tensor, "ha wa"]]:
-        """Warp, and certainty: both directions agree, and there is something to see."""
+        """Warp, and certainty: both directions agree, and there is something to see at both ends."""
         warp = warp_from_flow(forward, _hw(backward))
         error_px = (forward + sample_image(backward, warp)).norm(dim=-1)
         agreement = torch.exp(-error_px / self.cfg.error_scale_px)
-        return warp.clamp(-1, 1), agreement * inside_image(warp) * self._texture(grey)
+        seen = torch.minimum(texture, sample_image(texture_to, warp))
+        return warp.clamp(-1, 1), (agreement * inside_image(warp) * seen).clamp(0, 1)
 
     def _texture(self, grey: UInt8[np.ndarray, "h w"]) -> Float[Tensor, "h w"]:
         """Between 0 where the neighbourhood is blank, on which any two pictures agree, and 1 where it is textured."""

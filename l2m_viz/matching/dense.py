@@ -7,7 +7,7 @@ from itertools import groupby, islice
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.encoders.imagenet import normalize_imagenet
@@ -70,7 +70,8 @@ class DenseMatcher(Matcher):
     def _match_batch(self, pairs: list[ImagePair], stages: bool) -> list[Match]:
         """Match pairs whose working sizes are the same."""
         there, back = self._run(pairs)
-        cells = zip(self._finish(there), self._finish(back), strict=True)
+        seen = torch.tensor([not (_is_blank(image_A) or _is_blank(image_B)) for image_A, image_B in pairs])
+        cells = zip(self._finish(there, seen), self._finish(back, seen), strict=True)
         return [
             Match(
                 *a, *b, _hw(image_A), _hw(image_B), matcher=self.name,
@@ -121,13 +122,16 @@ class DenseMatcher(Matcher):
         resolutions = [self.cfg.resolution, self.cfg.upsample_resolution or self.cfg.resolution]
         return [self._working_hw(_hw(image), resolution) for image in pair for resolution in resolutions]
 
-    def _finish(self, stages: list[StageOutput]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Warp (h, w, 2) inside the other image, and certainty (h, w), of each pair of the batch."""
+    def _finish(self, stages: list[StageOutput], seen: Bool[Tensor, " b"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Warp (h, w, 2) inside the other image, and certainty (h, w), of each pair of the batch.
+
+        ``seen``: there is something in both images; else nothing is certain.
+        """
         logit = stages[-1].certainty_logit.float()
         if self.cfg.attenuate:
             logit = logit - _ATTENUATION * self._doubt(stages, logit.shape[-2:])
         warp = stages[-1].warp.float().permute(0, 2, 3, 1)
-        certainty = logit[:, 0].sigmoid() * inside_image(warp)
+        certainty = logit[:, 0].sigmoid() * inside_image(warp) * seen.to(logit.device)[:, None, None]
         return zip(warp.clamp(-1, 1).cpu(), certainty.cpu(), strict=True)
 
     def _doubt(self, stages: list[StageOutput], size: torch.Size) -> Float[Tensor, "b 1 h w"]:
@@ -187,6 +191,12 @@ def _maps(stage: StageOutput, index: int) -> tuple[Tensor, Tensor, Tensor | None
 
 def _channels_last(values: Float[Tensor, "c h w"]) -> Float[Tensor, "h w c"]:
     return values.float().permute(1, 2, 0).contiguous().cpu()
+
+
+def _is_blank(image: Float[Tensor, "h w 3"]) -> bool:
+    """Whether an image is of one colour, to 8 bits: any place of it looks like any other, and a network guesses."""
+    lowest, highest = image.amin(dim=(0, 1)), image.amax(dim=(0, 1))
+    return bool((highest - lowest).max() < 1 / 255)
 
 
 def _hw(image: Tensor) -> HW:

@@ -93,8 +93,9 @@ class Match(Saved):
         stages: How a network came to it, coarse first; empty unless asked for, and not saved.
 
     Raises:
-        ShapeError: a warp is not (h, w, 2), its certainty not (h, w), or an image size not two positive numbers.
-        L2MError: a warp or certainty is not finite.
+        ShapeError: a warp is not (h, w, 2), its certainty not (h, w), an image size not two positive numbers, or the
+            keypoints are not as many in A, in B and in their certainties.
+        L2MError: a number is not finite, a warp not float32, or a certainty not from 0 to 1.
     """
 
     warp_A_to_B: Float[Tensor, "ha wa 2"]
@@ -115,12 +116,32 @@ class Match(Saved):
             if warp.ndim != 3 or warp.shape[-1] != 2 or warp.shape[:2] != certainty.shape or 0 in warp.shape:
                 got = f"{tuple(warp.shape)} and {tuple(certainty.shape)}"
                 raise ShapeError(f"Match {side}", expected="warp (h, w, 2) and certainty (h, w)", got=got)
+            if not warp.dtype == certainty.dtype == torch.float32:
+                got = f"{warp.dtype} and {certainty.dtype}"
+                raise L2MError(f"Match {side}", expected="float32 warp and certainty", got=got)
             if not (torch.isfinite(warp).all() and torch.isfinite(certainty).all()):
                 raise L2MError(f"Match {side}", expected="finite warp and certainty", got="NaN or infinity")
+            if certainty.min() < 0 or certainty.max() > 1:
+                got = f"{certainty.min():g} to {certainty.max():g}"
+                raise L2MError(f"Match {side}", expected="certainties from 0 to 1", got=got)
         for name in ("hw_A", "hw_B"):
-            hw = getattr(self, name)
-            if len(hw) != 2 or not all(isinstance(side, int) and side > 0 for side in hw):
-                raise ShapeError(f"Match.{name}", expected="(H, W) in px, both > 0", got=repr(hw))
+            if not _is_size(getattr(self, name)):
+                got = repr(getattr(self, name))
+                raise ShapeError(f"Match.{name}", expected="(H, W) in px, both > 0", got=got)
+        self._check_keypoints()
+
+    def _check_keypoints(self) -> None:
+        triple = self.keypoints_A, self.keypoints_B, self.keypoint_certainty
+        given = [part for part in triple if part is not None]
+        if not given:
+            return
+        shapes = [tuple(part.shape) for part in given]
+        n = shapes[0][0] if shapes[0] else 0
+        if shapes != [(n, 2), (n, 2), (n,)]:
+            expected = "keypoints (n, 2) in A and B and their certainties (n,), or none of them"
+            raise ShapeError("Match keypoints", expected=expected, got=str(shapes))
+        if not all(torch.isfinite(part).all() for part in given):
+            raise L2MError("Match keypoints", expected="finite numbers", got="NaN or infinity")
 
     def save(self, path: str | Path) -> None:
         """Write every field but the stages, which are large and for looking at."""
@@ -297,3 +318,10 @@ def _truncated_density(pairs: Float[Tensor, "n 4"]) -> Float[Tensor, " n"]:
         np.float32(precision), np.float32(precision * _DENSITY_REACH**2), density.numpy(),
     )  # fmt: skip
     return torch.empty_like(density).scatter_(0, order, density)
+
+
+def _is_size(hw: object) -> bool:
+    """Whether this is (H, W), two whole numbers above 0; what is read from a file may be anything."""
+    if not isinstance(hw, tuple) or len(hw) != 2:
+        return False
+    return all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in hw)

@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
 from l2m_viz.encoders.weights import Checkpoint, resolve_device
-from l2m_viz.errors import L2MError, MissingError
+from l2m_viz.errors import L2MError, MissingError, ShapeError
 from l2m_viz.geometry import HW
 from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
@@ -169,6 +170,7 @@ def load_matcher(
         FileFormatError: the weights are damaged, or another network's.
         L2MError: an option means nothing to this matcher.
     """
+    _check_options(resolution, upsample_resolution, precision)
     if name not in _MATCHERS:
         raise MissingError(f"no matcher named '{name}'", expected=f"one of {', '.join(_MATCHERS)}")
     entry = _MATCHERS[name]
@@ -184,6 +186,21 @@ def load_matcher(
         told = f"matcher '{name}': {device.type} does not multiply bfloat16 here, so float32 is many times faster"
         warnings.warn(told, stacklevel=2)
     return entry.load(options, device)
+
+
+def _check_options(resolution: Any, upsample_resolution: Any, precision: Any) -> None:  # noqa: ANN401
+    """What comes from a user's own code may be anything."""
+    for option, hw in (("resolution", resolution), ("upsample_resolution", upsample_resolution)):
+        whole = isinstance(hw, tuple | list) and len(hw) == 2 and all(type(side) is int for side in hw)
+        if hw is not None and not (whole and all(0 < side <= _MAX_SIDE for side in hw)):
+            expected = f"(H, W), two whole numbers from 1 to {_MAX_SIDE}"
+            raise ShapeError(f"load_matcher {option}", expected=expected, got=repr(hw))
+    if precision is not None and precision not in get_args(Precision):
+        expected = " or ".join(f'"{known}"' for known in get_args(Precision))
+        raise L2MError("load_matcher precision", expected=expected, got=repr(precision))
+
+
+_MAX_SIDE = 8192  # px; attention over such a picture needs more memory than there is
 
 
 def _info(name: str, entry: _Entry) -> MatcherInfo:

@@ -65,7 +65,7 @@ def load_tiny(weights: str | Path | None = None) -> DenseNetwork:
     Raises:
         FileFormatError: the file is absent, damaged, or another network's.
     """
-    path = Path(weights or SHIPPED.path)
+    path = SHIPPED.path if weights is None else Path(weights)
     state, meta = read_weights(path)
     with torch.device("meta"):
         network = DenseNetwork(_CFGS.get(meta.get("name", ""), tiny_cfg)())

@@ -24,6 +24,7 @@ from l2m_viz.show.colors import COLOR_MAPS, NOTHING, ScalarKind, value_limits
 _LABELS_PER_INCH = 3.5  # under the bars of a compositing table; more would overlap
 _EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
 _PANEL_INCHES, _BAR_INCHES, _TITLE_INCHES, _MIN_INCHES = 4.2, 0.75, 0.35, 0.6
+_MAX_ASPECT = 2.0  # of a picture's frame: a taller one is drawn narrower in it
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def panels(*contents: Panel, columns: int = 3) -> Figure:
     aspect = max(panel.values.shape[0] / panel.values.shape[1] for panel in contents)
     bars = any(panel.kind in COLOR_MAPS for panel in contents[: columns * rows])
     picture_width = _PANEL_INCHES - _BAR_INCHES * bars
-    height = max(picture_width * min(aspect, 2.0), _MIN_INCHES) + _TITLE_INCHES
+    height = max(picture_width * min(aspect, _MAX_ASPECT), _MIN_INCHES) + _TITLE_INCHES
     figure = Figure(figsize=(_PANEL_INCHES * columns, height * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, contents, strict=False):
@@ -85,7 +86,8 @@ def matches(
     canvas[: image_A.shape[0], : image_A.shape[1]] = image_A
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
     figure_width = 2.4 * _PANEL_INCHES
-    figure_height = max((figure_width - _BAR_INCHES) * height / width, _MIN_INCHES) + _TITLE_INCHES
+    aspect = min(height / width, _MAX_ASPECT)
+    figure_height = max((figure_width - _BAR_INCHES) * aspect, _MIN_INCHES) + _TITLE_INCHES
     figure = Figure(figsize=(figure_width, figure_height), layout="constrained")
     axis = figure.subplots()
     axis.imshow(canvas.numpy(), extent=(0, width, height, 0))  # continuous pixel coordinates: [0, W] x [0, H]

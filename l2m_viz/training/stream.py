@@ -5,6 +5,7 @@ never which. So a run can be resumed at any pair, and any pair can be made again
 anew for every pass over the folder; a photo that cannot be used hands its place to the next one.
 """
 
+import math
 import multiprocessing
 import os
 import warnings
@@ -130,8 +131,12 @@ class PairStream:
         for name, (value, low) in lowest.items():
             if value < low:
                 raise L2MError(f"PairStream {name}", expected=f"at least {low}", got=str(value))
+        if isinstance(difficulty, tuple) and not 0 <= difficulty[0] <= difficulty[1] < math.inf:
+            expected, got = "0 <= lowest <= highest", f"{difficulty[0]:g} to {difficulty[1]:g}"
+            raise L2MError("PairStream difficulty", expected=expected, got=got)
         self.cfg, self.batch_size, self.seed, self.start = cfg or PairCfg(), batch_size, seed, start
-        self.num_workers, self.length, self.difficulty = num_workers, length, difficulty
+        self.num_workers, self.length = num_workers, length
+        self.difficulty: Callable[[int], float] | Range | None = difficulty
         self.stride = stride or batch_size
         self.skipped: dict[str, str] = {}
         self._maker = _PairMaker(Path(folder), self.cfg, seed)

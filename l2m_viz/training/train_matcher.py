@@ -97,7 +97,8 @@ class MatcherTrainingOptions:
 
     def applied_to(self, cfg: MatcherTrainingCfg) -> MatcherTrainingCfg:
         """The settings with these choices."""
-        steps, lr = self.steps or cfg.run.steps, self.lr or cfg.run.lr
+        steps = cfg.run.steps if self.steps is None else self.steps
+        lr = cfg.run.lr if self.lr is None else self.lr
         run = replace(cfg.run, minutes=self.minutes, steps=steps, lr=lr)
         ramp_steps = cfg.curriculum.ramp_steps if self.ramp_steps is None else self.ramp_steps
         curriculum = replace(cfg.curriculum, ramp_steps=ramp_steps)
@@ -134,6 +135,7 @@ def train_matcher(
         L2MError: the run in ``out`` has other settings.
         ImageError: no photos.
     """
+    PairStream(photos, cfg.pairs, batch_size=1)  # says what is wrong with the photos before a folder is begun
     torch.manual_seed(cfg.run.seed)
     accelerator = start_accelerator(device)
     network = DenseNetwork(cfg.network).to(  # pyright: ignore[reportCallIssue]

@@ -7,7 +7,7 @@ from torch import nn
 from l2m_viz.encoders.linear import linear
 
 
-@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24)])
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24), (0, 24)])
 @pytest.mark.parametrize("features", [16, 19])
 def test_it_is_the_layer(shape, features):
     """19 is left to torch."""

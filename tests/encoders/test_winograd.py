@@ -68,7 +68,7 @@ def test_a_layer_and_its_norm_by_either_way():
         )  # kept filters
 
 
-@pytest.mark.parametrize("change", ["weight", "statistics", "load"])
+@pytest.mark.parametrize("change", ["weight", "data", "statistics", "load", "fused"])
 def test_filters_are_made_anew_when_a_parameter_changes(change):
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32).eval()
@@ -77,6 +77,12 @@ def test_filters_are_made_anew_when_a_parameter_changes(change):
         before = conv_norm(x, conv, norm)
         if change == "weight":
             conv.weight.mul_(2)
+        elif change == "data":
+            conv.weight.data.mul_(2)
+        elif change == "fused":
+            with torch.enable_grad():
+                conv_norm(x, conv, norm).square().mean().backward()
+            torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True).step()
         elif change == "statistics":
             norm.running_mean.add_(1)
         else:

@@ -86,6 +86,14 @@ def test_a_blank_image_gives_an_answer_not_a_crash(photo, name):
 
 
 @pytest.mark.parametrize("name", ["dis", "sift"])
+def test_a_photo_and_a_blank_picture_have_no_overlap(photo, name):
+    """Flow from anywhere to a blank picture is nothing, and so is the way back: they agree."""
+    match = load_matcher(name).match(photo[:200, :300], torch.zeros(200, 300, 3))
+    assert match.overlap < 0.01
+    assert len(match.sample(100)) == 0
+
+
+@pytest.mark.parametrize("name", ["dis", "sift"])
 def test_two_blank_pictures_have_no_overlap(name):
     match = load_matcher(name).match(torch.full((40, 60, 3), 0.5), torch.zeros(40, 60, 3))
     assert match.overlap < 0.01

@@ -15,7 +15,7 @@ from l2m_viz.encoders.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from l2m_viz.encoders.vgg import VGG19Cfg
 from l2m_viz.errors import ShapeError
 from l2m_viz.geometry import normalized_grid
-from l2m_viz.matching import Match
+from l2m_viz.matching import Match, load_matcher
 from l2m_viz.matching.attention import AttentionCoarseCfg
 from l2m_viz.matching.dense import DenseMatcher
 from l2m_viz.matching.gp import GPCfg, GPCoarseCfg
@@ -229,3 +229,16 @@ def test_resolutions_that_cannot_be_say_so():
         DenseMatcher("o", _network(OFFICIAL), DenseMatcher.Cfg((60, 112)), "cpu")
     with pytest.raises(ShapeError, match="at least 14"):
         DenseMatcher("o", _network(OFFICIAL), DenseMatcher.Cfg((56, 112), (8, 120)), "cpu")
+
+
+def test_an_image_of_one_colour_shows_nothing(images):
+    """l2m-tiny itself: its certainty is about what looks alike, and any two blank places do."""
+    shipped = load_matcher("l2m-tiny", "cpu", resolution=(64, 64), upsample_resolution=(96, 96))
+    grey, white = torch.full((60, 90, 3), 0.5), torch.ones(40, 70, 3)
+    for pair in ((grey, grey), (grey, white), (images[0], white), (white, images[0])):
+        match = shipped.match(*pair)
+        assert match.overlap == 0
+        assert len(match.sample(100)) == 0
+    both = shipped.match([grey, images[0]], [grey, images[0]])  # in one batch
+    assert both[0].overlap == 0
+    assert both[1].overlap > 0.5

@@ -190,3 +190,48 @@ def test_warping_by_sampling_reproduces_the_other_image():
         image_B, to_normalized(match.query(to_pixel(normalized_grid((24, 32)), HW_A))[0], HW_B)
     )
     torch.testing.assert_close(warped, by_query, atol=1e-4, rtol=0)
+
+
+def _plain(**changes):
+    warp, certainty = torch.zeros(3, 4, 2), torch.ones(3, 4)
+    fields = {
+        "warp_A_to_B": warp,
+        "certainty_A_to_B": certainty,
+        "warp_B_to_A": warp,
+        "certainty_B_to_A": certainty,
+    }
+    return Match(**(fields | {"hw_A": (30, 40), "hw_B": (30, 40)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"certainty_A_to_B": torch.full((3, 4), 7.0)}, "from 0 to 1"),
+        ({"warp_B_to_A": torch.zeros(3, 4, 2, dtype=torch.float64)}, "float32"),
+        ({"hw_A": 5}, r"\(H, W\)"),
+        ({"hw_B": None}, r"\(H, W\)"),
+        ({"hw_A": (True, 3)}, r"\(H, W\)"),
+        ({"keypoints_A": torch.zeros(3, 2)}, "or none of them"),
+        (
+            {
+                "keypoints_A": torch.zeros(3, 2),
+                "keypoints_B": torch.zeros(5, 2),
+                "keypoint_certainty": torch.ones(3),
+            },
+            "or none of them",
+        ),
+        (
+            {
+                "keypoints_A": torch.full((3, 2), torch.nan),
+                "keypoints_B": torch.zeros(3, 2),
+                "keypoint_certainty": torch.ones(3),
+            },
+            "finite",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_strangers_file_may_hold_is_refused(unchecked, changes, message):
+    assert _plain().overlap == 1
+    with pytest.raises(L2MError, match=message):
+        _plain(**changes)

@@ -199,3 +199,21 @@ def test_bfloat16_where_the_processor_has_none_is_warned_of(monkeypatch, has_it)
     assert matcher.cfg.precision == "bfloat16"
     assert unasked.cfg.precision == ("bfloat16" if has_it else "float32")
     assert [("does not multiply bfloat16" in str(w.message)) for w in caught] == [True] * (not has_it)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16"}, '"float32" or "bfloat16"'),
+        ({"resolution": 320}, "two whole numbers"),
+        ({"resolution": (320,)}, "two whole numbers"),
+        ({"resolution": (320.0, 320.0)}, "two whole numbers"),
+        ({"resolution": (True, 320)}, "two whole numbers"),
+        ({"upsample_resolution": (0, 320)}, "two whole numbers"),
+        ({"upsample_resolution": (10**6, 320)}, "two whole numbers"),
+        ({"weights": ""}, "."),
+    ],
+)
+def test_option_values_that_mean_nothing_are_refused(options, message, unchecked):
+    with pytest.raises(L2MError, match=message):
+        load_matcher("l2m-tiny", "cpu", **options)

@@ -82,6 +82,13 @@ def test_lines_end_at_the_matched_points():
     np.testing.assert_allclose(segment, [[10, 5], [50 + 1 + 20, 30]])
 
 
+def test_lines_between_narrow_strips_fit_on_a_page():
+    """Two towers of 1x300 px would be a figure of 1,400 inches."""
+    strip = torch.zeros(300, 1, 3)
+    figure = figures.matches(strip, strip, Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0)))
+    assert figure.get_size_inches().max() < 25
+
+
 def test_no_matches_is_a_picture_too():
     empty = Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0))
     assert _pixels(figures.matches(torch.zeros(*HW, 3), torch.zeros(*HW, 3), empty)).std() > 0

@@ -413,6 +413,25 @@ def test_unreadable_photos_are_skipped_with_one_counted_message_each(photos, tmp
     assert used == {"coffee.jpg", "more/rocket.png"}
 
 
+def test_a_run_that_made_nothing_leaves_the_folder_to_another(photos, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "text.png").write_text("no picture")
+    with pytest.raises(L2MError):
+        synthesise(tmp_path / "bad", tmp_path / "out", CFG)
+    assert synthesise(photos, tmp_path / "out", replace(CFG, num=2)).num_made == 2
+
+
+@pytest.mark.parametrize("difficulty", [(2.0, 1.0), (-1.0, 1.0), (0.0, float("nan")), (0.5, float("inf"))])
+def test_a_range_of_difficulty_that_is_none_is_refused(photos, difficulty):
+    with pytest.raises(L2MError, match="lowest <= highest"):
+        PairStream(photos, batch_size=1, difficulty=difficulty)
+
+
+def test_a_sheet_is_a_png(finished, tmp_path):
+    with pytest.raises(L2MError, match=r"\.png"):
+        list(inspect_shards(finished, num=2, out=tmp_path / "sheet.jpg", verify=False))
+
+
 @pytest.mark.parametrize("changed", [{"num": 0}, {"shard_size": 0}, {"workers": -1}, {"seed": -1}])
 def test_numbers_out_of_range_are_refused(photos, tmp_path, changed):
     with pytest.raises(L2MError, match="at least"):
