@@ -22,7 +22,8 @@ def fastest_precision(device: torch.device) -> Precision:
     """Bfloat16 where the processor multiplies it in hardware; elsewhere it is slower, on some a hundred times."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device.type == "cpu" and in_hardware else "float32"
 
 
 class Matcher(ABC):

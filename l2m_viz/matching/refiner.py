@@ -96,8 +96,11 @@ class Refiner(nn.Module):
         scale_factor: float,
     ) -> list[Tensor]:
         """What the blocks see, (B, ., h, w) each: A, B where the warp points, the displacement, the correlation."""
-        places = warp.permute(0, 2, 3, 1).to(features_B.dtype)
-        sampled = F.grid_sample(features_B, places, align_corners=False)
+        # Places in float32 whatever the features are: in bfloat16 they would be off by up to a pixel at fine strides.
+        dtype = torch.promote_types(features_B.dtype, torch.float32)
+        with torch.autocast(warp.device.type, enabled=False):
+            places = warp.permute(0, 2, 3, 1).to(dtype)
+            sampled = F.grid_sample(features_B.to(dtype), places, align_corners=False)
         inputs = [features_A, sampled, self._embed(warp, scale_factor)]
         if self.cfg.radius is not None:
             inputs.append(local_correlation(features_A, features_B, warp, self.cfg.radius))

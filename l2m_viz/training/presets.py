@@ -41,7 +41,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
         curriculum=Curriculum(low=0.1, high_first=0.5, high_last=1.6, ramp_steps=4000),
         batch_size=8,
         refined=0.5,
-        sizes=((192, 256), (256, 192), (288, 384), (224, 224)),
+        sizes=((192, 256), (288, 384), (256, 192), (384, 288)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from l2m_viz.geometry import normalized_grid
 from l2m_viz.matching.refiner import Refiner, RefinerCfg
@@ -61,6 +62,20 @@ def test_bfloat16_is_close_to_float32():
             fast = torch.cat(refiner(*_inputs(32)), dim=1)
     assert fast.dtype == torch.float32
     assert (fast - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_autocast_places_keep_their_digits(grad):
+    """On a map of 700 cells bfloat16 coordinates are off by up to a cell; what is sampled there must not be."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(1, 8, 5, 700, generator=generator).bfloat16() for _ in range(2))
+    warp = normalized_grid((5, 700)).permute(2, 0, 1)[None]
+    shifted = warp + torch.tensor([2 / 700, 0.0])[:, None, None]  # by one cell
+    refiner = Refiner(RefinerCfg(stride=1, displacement_dim=4), 8)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        for places, expected in ((warp, b), (shifted, F.pad(b, (0, 1))[..., 1:])):
+            _, sampled, _ = refiner._inputs(a, b, places, 1.0)
+            torch.testing.assert_close(sampled, expected.float(), atol=1e-3, rtol=0)
 
 
 def test_gradients_reach_every_parameter_and_both_features():

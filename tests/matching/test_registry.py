@@ -188,10 +188,12 @@ def test_the_command_prints_a_line_for_each_and_what_is_missing(capsys):
     assert sum("https://" in line for line in lines) == sum(not info.available for info in list_matchers())
 
 
-@pytest.mark.parametrize("has_it", [True, False])
-def test_bfloat16_where_the_processor_has_none_is_warned_of(monkeypatch, has_it):
+@pytest.mark.parametrize(("amx", "avx512"), [(True, True), (False, True), (False, False)])
+def test_bfloat16_where_the_processor_has_none_is_warned_of(monkeypatch, amx, avx512):
     """Asked for it is taken; unasked l2m-tiny takes what is faster."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
+    has_it = amx or avx512
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         matcher = load_matcher("l2m-tiny", "cpu", precision="bfloat16")

@@ -177,6 +177,7 @@ def test_evaluation_sees_the_average_and_is_logged(tmp_path):
 )
 def test_products_are_in_bfloat16_where_that_is_faster_or_asked_for(monkeypatch, precision, has_it, half):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     with RunCfg(precision=precision).autocast("cpu"):
         assert torch.mm(torch.ones(2, 3), torch.ones(3, 4)).dtype == (
             torch.bfloat16 if half else torch.float32
