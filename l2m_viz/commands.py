@@ -64,6 +64,8 @@ def match(
     cfg: Annotated[MatcherOptions, tyro.conf.arg(name="")],
     out: Path = Path("outputs/match"),
     num: int = 5000,
+    hloc: Path | None = None,
+    colmap: Path | None = None,
 ) -> None:
     """Match two images: warp and certainty as npz, sampled matches as CSV, pictures.
 
@@ -73,8 +75,10 @@ def match(
         cfg: Which matcher.
         out: Folder for the files.
         num: Number of sampled matches.
+        hloc: Folder whose features.h5 and matches.h5 get this pair, too, under the files' names.
+        colmap: Database of COLMAP that gets this pair, too, under the files' names.
     """
-    for line in match_to_folder(image_a, image_b, cfg, out, num):
+    for line in match_to_folder(image_a, image_b, cfg, out, num, hloc=hloc, colmap=colmap):
         print(line)
 
 

@@ -58,9 +58,19 @@ class MatcherOptions:
 
 
 def match_to_folder(
-    path_A: Path, path_B: Path, options: MatcherOptions, out: Path, num: int
+    path_A: Path,
+    path_B: Path,
+    options: MatcherOptions,
+    out: Path,
+    num: int,
+    *,
+    hloc: Path | None = None,
+    colmap: Path | None = None,
 ) -> Iterator[str]:
-    """Match two files; write match.npz, matches.csv, warped.png and match.png; yield what was done."""
+    """Match two files; write match.npz, matches.csv, warped.png and match.png; yield what was done.
+
+    With ``hloc`` or ``colmap`` the pair is added to such files as well, see `Match.to_hloc` and `Match.to_colmap`.
+    """
     if num < 1:
         raise L2MError("match", expected="--num of at least 1", got=str(num))
     image_A, image_B = read_image(path_A), read_image(path_B)
@@ -84,6 +94,11 @@ def match_to_folder(
         with atomic_write(out / name) as file:
             file.write(figures.to_png(figure))
     yield f"overlap {match.overlap:.3f} (mean certainty; near 0: the images do not show the same thing)"
+    if hloc is not None:
+        yield f"{match.to_hloc(hloc, path_A.name, path_B.name)} matches for hloc in {hloc}"
+    if colmap is not None:
+        count = match.to_colmap(colmap, path_A.name, path_B.name)
+        yield f"{count} matches in {colmap}; next: colmap geometric_verifier --database_path {colmap}"
     yield f"{rows} matches in {out / 'matches.csv'}; warp and certainty in {out / 'match.npz'}; pictures beside them"
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 import pytest
 import torch
 from PIL import Image
@@ -177,6 +178,15 @@ def test_match_and_lift_commands_write_their_files(tmp_path, monkeypatch, capsys
     main()
     assert "overlap" in capsys.readouterr().out
     assert len((tmp_path / "m" / "matches.csv").read_text().splitlines()) == 51
+    places = ["--hloc", str(tmp_path / "hloc"), "--colmap", str(tmp_path / "scene.db")]
+    monkeypatch.setattr(sys, "argv", ["l2m", "match", *paths, "--out", str(tmp_path / "m"), *places])
+    main()
+    said = capsys.readouterr().out
+    assert "matches for hloc" in said
+    assert "geometric_verifier" in said
+    with pycolmap.Database.open(tmp_path / "scene.db") as database:
+        assert {image.name for image in database.read_all_images()} == {"a.png", "b.png"}
+        assert database.num_matches() > 100
     assert Match.load(tmp_path / "m" / "match.npz").hw_A == (167, 247)
     monkeypatch.setattr(sys, "argv", ["l2m", "lift", paths[0], "--out", str(tmp_path / "l"), "--views", "2"])
     main()

@@ -32,7 +32,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "l2m-environment.json"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "app,notebooks,dev,gpu,models,training"
+EXTRAS = "app,notebooks,dev,gpu,models,training,reconstruction"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5.0
 

@@ -8,6 +8,11 @@ from l2m_viz.matching.match import (
     Stage as Stage,
 )
 from l2m_viz.matching.matcher import Matcher as Matcher
+from l2m_viz.matching.reconstruction import (
+    NamedMatch as NamedMatch,
+    write_colmap as write_colmap,
+    write_hloc as write_hloc,
+)
 from l2m_viz.matching.registry import (
     MatcherInfo as MatcherInfo,
     list_matchers as list_matchers,

@@ -233,6 +233,38 @@ class Match(Saved):
         write_text(path, text.getvalue())
         return len(rows)
 
+    def to_hloc(
+        self,
+        folder: str | Path,
+        name_A: str,
+        name_B: str,
+        *,
+        num: int = 2500,
+        min_certainty: float = 0.5,
+    ) -> int:
+        """Add this pair to ``features.h5`` and ``matches.h5`` of hloc in a folder; see `write_hloc`, also for many."""
+        from l2m_viz.matching.reconstruction import NamedMatch, write_hloc
+
+        pair = NamedMatch(name_A, name_B, self)
+        return write_hloc(folder, [pair], num=num, min_certainty=min_certainty)
+
+    def to_colmap(
+        self,
+        database: str | Path,
+        name_A: str,
+        name_B: str,
+        *,
+        K_A: Float[Tensor, "3 3"] | None = None,
+        K_B: Float[Tensor, "3 3"] | None = None,
+        num: int = 2500,
+        min_certainty: float = 0.5,
+    ) -> int:
+        """Add this pair to a database of COLMAP; see `write_colmap`, also for many."""
+        from l2m_viz.matching.reconstruction import NamedMatch, write_colmap
+
+        pair = NamedMatch(name_A, name_B, self, K_A, K_B)
+        return write_colmap(database, [pair], num=num, min_certainty=min_certainty)
+
     @cached_property
     def _weights(self) -> Float[Tensor, " n"]:
         """Certainties of all pixels of A, then of B; 0 for those that are never drawn."""
