@@ -22,6 +22,19 @@ class ShapeError(L2MError):
     """An array has the wrong shape or size."""
 
 
+def require_tensor(name: str, value: object) -> None:
+    """Refuse arrays and lists where only a tensor will do: torch's own words would not say which argument it was.
+
+    Raises:
+        ShapeError: the value is not a tensor.
+    """
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        todo = "torch.as_tensor makes one of an array or a list"
+        raise ShapeError(name, expected="a torch tensor", got=f"a {type(value).__name__}", todo=todo)
+
+
 class ImageError(L2MError):
     """A picture cannot be read or is not a picture."""
 

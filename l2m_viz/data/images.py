@@ -28,7 +28,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from l2m_viz.data.files import atomic_write
-from l2m_viz.errors import ImageError, ShapeError
+from l2m_viz.errors import ImageError, ShapeError, require_tensor
 from l2m_viz.geometry import HW
 
 MAX_PIXELS = 100_000_000  # a 100-megapixel photo becomes a 1.2 GB tensor
@@ -380,6 +380,7 @@ def _check_axes(shape: tuple[int, ...], name: str) -> None:
 
 
 def _check_image(image: Tensor) -> None:
+    require_tensor("image", image)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ShapeError("image", expected="(H, W, 3) with at least one pixel", got=f"{tuple(image.shape)}")
 

@@ -200,11 +200,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expected = "'auto', 'cpu', 'cuda', 'mps', ..."
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
-        expected = "'auto', 'cpu', 'cuda', 'mps', ..."
         raise MissingError(f"no device '{device}' here", expected=expected, got=_brief(error)) from error
+    if found.type == "meta":
+        got = "a device of shapes without numbers"
+        raise MissingError(f"no device '{device}' here", expected=expected, got=got)
+    return found
 
 
 def _read_safetensors(path: Path) -> State:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2m_viz.data.files import Saved
 from l2m_viz.encoders.pca import FeaturePCA
-from l2m_viz.errors import L2MError, ShapeError
+from l2m_viz.errors import L2MError, ShapeError, require_tensor
 from l2m_viz.geometry import rotation_from_quat
 
 OPACITY_LIMIT = (
@@ -64,6 +64,8 @@ class Gaussians(Saved):
         self._check_values()
 
     def _check_shapes(self) -> None:
+        for name, value in self._tensors().items():
+            require_tensor(f"Gaussians.{name}", value)
         n = len(self.means)
         expected = {"means": (n, 3), "quats": (n, 4), "log_scales": (n, 3), "logit_opacities": (n,)}
         expected |= {"colors": (n, 3), "sh_dc": (n, 3)}

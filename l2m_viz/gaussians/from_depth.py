@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.data.images import require_image
-from l2m_viz.errors import ShapeError
+from l2m_viz.errors import ShapeError, require_tensor
 from l2m_viz.gaussians.container import Gaussians
 from l2m_viz.geometry import Camera, quat_from_rotation, unproject_depth
 from l2m_viz.lifting.depth import Depth, as_depth
@@ -69,6 +69,7 @@ def gaussians_from_depth(
             got = f"{name} {tuple(value.shape)}, depth {tuple(depth.depth.shape)}"
             raise ShapeError("gaussians_from_depth", expected="one size (H, W)", got=got)
     require_image("gaussians_from_depth", image)
+    require_tensor("gaussians_from_depth: K", K)
     K = K.to(torch.float32)
     Camera(K, torch.eye(4), width=image.shape[1], height=image.shape[0])  # refuses a K that is none
     valid, z = depth.valid_mask, depth.depth

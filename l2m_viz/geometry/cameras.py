@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from l2m_viz.errors import L2MError, ShapeError
+from l2m_viz.errors import L2MError, ShapeError, require_tensor
 from l2m_viz.geometry.pixels import HW, pixel_grid
 
 
@@ -31,6 +31,8 @@ class Camera:
     height: int
 
     def __post_init__(self) -> None:
+        require_tensor("Camera.K", self.K)
+        require_tensor("Camera.w2c", self.w2c)
         if tuple(self.K.shape) != (3, 3) or tuple(self.w2c.shape) != (4, 4):
             got = f"K {tuple(self.K.shape)} and w2c {tuple(self.w2c.shape)}"
             raise ShapeError("Camera", expected="K (3, 3) and w2c (4, 4)", got=got)

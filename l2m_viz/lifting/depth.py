@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from l2m_viz.data.files import Saved
-from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError
+from l2m_viz.errors import FileFormatError, L2MError, MissingError, ShapeError, require_tensor
 from l2m_viz.geometry.pixels import HW
 from l2m_viz.lifting.depth_anything import VARIANTS, depth_anything_disparity, disparity_scale
 from l2m_viz.lifting.prior import prior_disparity
@@ -99,6 +99,7 @@ def as_depth(depth: Depth | Float[Tensor, "h w"]) -> Depth:
     """Wrap a bare depth map, in which values that are not finite and positive count as unknown."""
     if isinstance(depth, Depth):
         return depth
+    require_tensor("depth", depth)
     valid = torch.isfinite(depth) & (depth > 0)
     return Depth(torch.where(valid, depth, 1.0).float(), valid, "relative", "given")
 
@@ -166,6 +167,7 @@ def estimate_depth(
     if method not in _ESTIMATORS:
         expected = "one of " + ", ".join(f'"{name}"' for name in sorted(_ESTIMATORS))
         raise L2MError("depth method", expected=expected, got=repr(method))
+    require_tensor("estimate_depth: the image", image)
     return _ESTIMATORS[method](image, K, generator)
 
 
@@ -250,10 +252,10 @@ _ESTIMATORS: dict[str, Callable[[Tensor, Tensor | None, torch.Generator | None],
 
 
 def _check_affine(scale: float, shift: float) -> None:
-    if not (np.isfinite(scale) and np.isfinite(shift)) or scale == 0:
-        raise L2MError(
-            "scale and shift", expected="finite numbers, scale not 0", got=f"{scale:g} and {shift:g}"
-        )
+    numbers = all(isinstance(value, (int, float, np.number)) for value in (scale, shift))
+    if not numbers or not (np.isfinite(scale) and np.isfinite(shift)) or scale == 0:
+        expected, got = "finite numbers, scale not 0", f"{scale!r} and {shift!r}"
+        raise L2MError("scale and shift", expected=expected, got=got)
 
 
 def _read(path: Path, kind: str, scale: float, shift: float) -> Depth:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2m_viz.data.files import Saved
 from l2m_viz.data.images import require_image
-from l2m_viz.errors import ShapeError
+from l2m_viz.errors import ShapeError, require_tensor
 from l2m_viz.geometry import HW, Camera
 from l2m_viz.lifting import _zbuffer
 from l2m_viz.lifting.depth import Depth, as_depth
@@ -177,6 +177,8 @@ def lift(
         ImageError: the image is not float with values in [0, 1].
         L2MError: ``K`` is not a calibration matrix.
     """
+    require_tensor("lift: the image", image)
+    require_tensor("lift: K", K)
     depth = as_depth(depth)
     if image.ndim != 3 or image.shape[-1] != 3 or image.shape[:2] != depth.depth.shape:
         got = f"image {tuple(image.shape)}, depth {tuple(depth.depth.shape)}"

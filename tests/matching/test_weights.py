@@ -249,6 +249,8 @@ def test_devices(unchecked):
     assert resolve_device("auto").type in {"cpu", "cuda"}
     with pytest.raises(MissingError, match="no device 'quantum'"):
         resolve_device("quantum")
+    with pytest.raises(MissingError, match="no device 'meta'"):
+        resolve_device("meta")
 
 
 # --- the official checkpoints -----------------------------------------------------------------------------
