@@ -85,10 +85,11 @@ def matches(
     canvas = torch.ones(height, width, 3)
     canvas[: image_A.shape[0], : image_A.shape[1]] = image_A
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
-    figure_width = 2.4 * _PANEL_INCHES
-    aspect = min(height / width, _MAX_ASPECT)
-    figure_height = max((figure_width - _BAR_INCHES) * aspect, _MIN_INCHES) + _TITLE_INCHES
-    figure = Figure(figsize=(figure_width, figure_height), layout="constrained")
+    widest = 2.4 * _PANEL_INCHES - _BAR_INCHES
+    axis_height = max(widest * min(height / width, 1.0), _MIN_INCHES)
+    axis_width = max(min(widest, axis_height * width / height), 4 * _MIN_INCHES)  # two strips need no more paper
+    figsize = axis_width + _BAR_INCHES, axis_height + _TITLE_INCHES
+    figure = Figure(figsize=figsize, layout="constrained")
     axis = figure.subplots()
     axis.imshow(canvas.numpy(), extent=(0, width, height, 0))  # continuous pixel coordinates: [0, W] x [0, H]
     _hide_frame(axis)

@@ -86,7 +86,8 @@ def test_lines_between_narrow_strips_fit_on_a_page():
     """Two towers of 1x300 px would be a figure of 1,400 inches."""
     strip = torch.zeros(300, 1, 3)
     figure = figures.matches(strip, strip, Matches(torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0)))
-    assert figure.get_size_inches().max() < 25
+    assert figure.get_size_inches().max() < 12
+    assert figure.get_size_inches().min() < 4  # and no empty page beside them
 
 
 def test_no_matches_is_a_picture_too():
