@@ -161,7 +161,9 @@ def network_hw(hw: HW, short_side: int, multiple: int) -> HW:
     """
     scale = min(short_side / min(hw), short_side * math.sqrt(_MAX_ASPECT / (hw[0] * hw[1])))
     height, width = (max(1, round(side * scale / multiple)) * multiple for side in hw)
-    return height, width
+    # a strip so narrow that its short side was rounded up to ``multiple`` is squeezed along the other one
+    longest = int(_MAX_ASPECT * short_side**2 / min(height, width)) // multiple * multiple
+    return min(height, longest), min(width, longest)
 
 
 def _is_there(path: Path, is_folder: bool) -> bool:

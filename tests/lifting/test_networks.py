@@ -191,6 +191,7 @@ def test_what_is_missing_in_a_library_is_not_called_damage(tmp_path):
             (100, 1600),
             (252, 4144),
         ),  # longer: as many pixels as that one, 259 = 18.5 patches, the even number again
+        ((1, 100_000), (14, 76_664)),  # 14 times as many pixels, were the aspect kept: at most 4 * 518^2
     ],
 )
 def test_sizes_that_networks_get(hw, expected):
