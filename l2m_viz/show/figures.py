@@ -87,7 +87,9 @@ def matches(
     canvas[: image_B.shape[0], image_A.shape[1] + gap :] = image_B
     widest = 2.4 * _PANEL_INCHES - _BAR_INCHES
     axis_height = max(widest * min(height / width, 1.0), _MIN_INCHES)
-    axis_width = max(min(widest, axis_height * width / height), 4 * _MIN_INCHES)  # two strips need no more paper
+    axis_width = max(
+        min(widest, axis_height * width / height), 4 * _MIN_INCHES
+    )  # two strips need no more paper
     figsize = axis_width + _BAR_INCHES, axis_height + _TITLE_INCHES
     figure = Figure(figsize=figsize, layout="constrained")
     axis = figure.subplots()
