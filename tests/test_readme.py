@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pycolmap
+
+from l2m_viz import load_matcher
 from l2m_viz.data import load_sample, write_image
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +33,7 @@ def test_the_first_python_block_runs(tmp_path, monkeypatch):
         ("right.png", sample.image_B),
     ):
         write_image(tmp_path / name, image[small, small].contiguous())
-    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
@@ -39,11 +42,24 @@ def test_the_first_python_block_runs(tmp_path, monkeypatch):
     assert 0 <= names["certainty"].item() <= 1
 
 
+def test_the_block_about_reconstruction_runs(tmp_path, monkeypatch):
+    (tmp_path / "IMAGES").mkdir()
+    photo = load_sample("motorcycle").image_A
+    for name, left in (("1.png", 0), ("2.png", 30), ("3.png", 60)):
+        write_image(tmp_path / "IMAGES" / name, photo[50:350, left : left + 400][::2, ::2].contiguous())
+    _, block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"load_matcher": load_matcher})
+    with pycolmap.Database.open(tmp_path / "scene.db") as database:
+        assert database.num_matched_image_pairs() == 3
+        assert database.num_matches() > 1000
+
+
 def test_the_block_about_training_pairs_runs(tmp_path, monkeypatch):
     (tmp_path / "PHOTOS").mkdir()
     for name in ("coffee", "chelsea"):
         write_image(tmp_path / "PHOTOS" / f"{name}.jpg", load_sample(name).image_A)
-    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(block.replace("num_workers=2", "num_workers=0"), "README.md", "exec"), names)
