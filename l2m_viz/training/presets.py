@@ -1,4 +1,4 @@
-"""The settings that the shipped weights were trained with; what came later, `weights/EXPERIMENTS.md` says (orbits)."""
+"""The settings that the shipped weights were trained with, as of the last entry of `weights/EXPERIMENTS.md`."""
 
 from collections.abc import Callable
 from dataclasses import replace
