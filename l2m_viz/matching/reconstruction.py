@@ -38,7 +38,7 @@ class NamedMatch(NamedTuple):
     name_A: str
     name_B: str
     match: Match
-    # Intrinsics (3, 3) in pixels where they are known; COLMAP keeps them, as far as they differ from a guess.
+    # Intrinsics (3, 3) in pixels where they are known; COLMAP starts from them.
     K_A: Float[torch.Tensor, "3 3"] | None = None
     K_B: Float[torch.Tensor, "3 3"] | None = None
 

@@ -1,4 +1,4 @@
-"""The settings that the shipped weights were trained with, as of the last entry of `weights/EXPERIMENTS.md`."""
+"""Settings of the trainings; what each run of the shipped weights had instead, `weights/EXPERIMENTS.md` says."""
 
 from collections.abc import Callable
 from dataclasses import replace
