@@ -171,8 +171,10 @@ class PairStream:
                     raise made.error
                 assert made.batch is not None
                 yield made.batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # Killed while it hands a batch over, a worker breaks the connection before the loader notices its end.
+            handing_over = self.num_workers and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+            if not handing_over and "DataLoader worker (pid" not in str(error):
                 raise
             todo = (
                 "most often memory ran out: take fewer workers or smaller batches, and resume with start; "

@@ -184,9 +184,26 @@ def test_a_killed_worker_ends_the_stream_with_a_clear_error(folder):
     next(stream)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(L2MError, match=r"^PairStream: a worker process ended.* exited unexpectedly"):
+    with pytest.raises(L2MError, match=r"^PairStream: a worker process ended.* take fewer workers"):
         for _ in range(100):  # what was made ahead still comes
             next(stream)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError("socket")])
+def test_a_worker_killed_while_it_hands_a_batch_over_ends_the_stream_with_the_same_error(
+    folder, monkeypatch, error
+):
+    """The loader has not noticed yet: what is seen is the broken connection through which memory travels."""
+
+    def broken(*_, **__):
+        raise error
+        yield
+
+    monkeypatch.setattr("l2m_viz.training.stream.DataLoader", broken)
+    with pytest.raises(L2MError, match=r"^PairStream: a worker process ended"):
+        next(iter(PairStream(folder, CFG, batch_size=2, num_workers=1)))
+    with pytest.raises(type(error)):  # without a worker nothing can be handed over: another fault, not to be hidden
+        next(iter(PairStream(folder, CFG, batch_size=2)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
