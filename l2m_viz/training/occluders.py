@@ -16,17 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz.errors import L2MError
-from l2m_viz.geometry import (
-    HW,
-    inside_image,
-    invert_pose,
-    pixel_grid,
-    plane_homography,
-    ray_directions,
-    sample_image,
-    to_normalized,
-    to_pixel,
-)
+from l2m_viz.geometry import HW, invert_pose, pixel_grid, plane_homography, ray_directions
+from l2m_viz.parallel import run_kernel
 from l2m_viz.training.stream import PairBatch
 
 _DOMAIN = 0x6F63636C  # "occl": the seed of a pair may serve here, too
@@ -89,20 +80,17 @@ def with_occluders(batch: PairBatch, cfg: OccluderCfg) -> PairBatch:
 
     What a pair gets is a function of its seed and the settings alone.
     """
-    views = [{name: getattr(batch, name)[i] for name in _NEEDED} for i in range(len(batch.photos))]
-    found = False
-    for i, seed in enumerate(batch.seeds.tolist()):
-        rng = np.random.default_rng([seed % 2**64, _DOMAIN])
-        if rng.random() >= cfg.share:
-            continue
-        found = True
-        for _ in range(rng.integers(1, cfg.num, endpoint=True)):
-            occluder = draw_occluder(views[i]["image_A"], views[i]["depth_A"], views[i]["valid_A"],
-                                     views[i]["K_A"], cfg, rng)  # fmt: skip
-            views[i] = put_before(views[i], occluder)
-    if not found:
+    rngs = [np.random.default_rng([seed % 2**64, _DOMAIN]) for seed in batch.seeds.tolist()]
+    chosen = [i for i, rng in enumerate(rngs) if rng.random() < cfg.share]
+    if not chosen:
         return batch
-    return replace(batch, **{name: torch.stack([view[name] for view in views]) for name in _CHANGED})
+    batch = replace(batch, **{name: getattr(batch, name).clone() for name in _CHANGED})
+    for i in chosen:
+        view = {name: getattr(batch, name)[i] for name in _NEEDED}
+        for _ in range(rngs[i].integers(1, cfg.num, endpoint=True)):
+            scene = view["image_A"], view["depth_A"], view["valid_A"], view["K_A"]
+            put_into(view, draw_occluder(*scene, cfg, rngs[i]))
+    return batch
 
 
 def draw_occluder(
@@ -121,7 +109,7 @@ def draw_occluder(
     tilt, turn = math.radians(cfg.tilt_deg) * math.sqrt(rng.random()), rng.uniform(0, 2 * math.pi)
     sine = math.sin(tilt)
     normal = torch.tensor([sine * math.cos(turn), sine * math.sin(turn), math.cos(tilt)], dtype=torch.float32)
-    rays = ray_directions(pixel_grid(hw), K)[alpha > 0]
+    rays = ray_directions(pixel_grid(hw)[alpha > 0], K)
     # z = d / (n . ray) is largest where n . ray is smallest: `nearer` holds there
     steepest = (rays @ normal).min().clamp(min=0.1) if len(rays) else torch.ones(())
     distance = (nearest * rng.uniform(*cfg.nearer) * steepest).item()
@@ -130,93 +118,94 @@ def draw_occluder(
 
 def put_before(view: _Views, occluder: Occluder) -> _Views:
     """One pair with one more thing in it, hidden where the scene is nearer."""
+    changed = {name: view[name].clone(memory_format=torch.contiguous_format) for name in _CHANGED}
+    put_into(view | changed, occluder)
+    return view | changed
+
+
+def put_into(view: _Views, occluder: Occluder) -> None:
+    """Do what `put_before` does, in place; the maps are contiguous, on the CPU."""
     K_A, K_B, T = view["K_A"], view["K_B"], view["T_A_to_B"]
     A_to_B = plane_homography(K_A, K_B, T, occluder.normal, occluder.distance)
     B_to_A = torch.linalg.inv(A_to_B)
     normal_B = T[:3, :3] @ occluder.normal
     distance_B = occluder.distance + (normal_B @ T[:3, 3]).item()
-    seen_A = _Seen(occluder, None, A_to_B, K_A, occluder.normal, occluder.distance)
-    seen_B = _Seen(occluder, B_to_A, B_to_A, K_B, normal_B, distance_B)
-    changes_A, _ = _changes(view, "A", "B", seen_A, seen_B, T)
-    changes_B, front_B = _changes(view, "B", "A", seen_B, seen_A, invert_pose(T))
-    masks = {name: view[name] & ~front_B for name in ("hole_mask_B", "inpainted_mask_B")}
-    return view | changes_A | changes_B | masks
+    corners = _corners(occluder.alpha)
+    box_A, box_B = _box(corners), _box(corners @ A_to_B.T)
+    seen_A = _Seen(torch.eye(3), A_to_B, _plane(occluder.normal, K_A, occluder.distance), box_A)
+    seen_B = _Seen(B_to_A, B_to_A, _plane(normal_B, K_B, distance_B), box_B)
+    before = {name: view[name].clone() for name in ("depth_A", "valid_A", "depth_B", "valid_B")}
+    _occlude(view, before, occluder, ("A", "B"), (seen_A, seen_B), T)
+    front_B = _occlude(view, before, occluder, ("B", "A"), (seen_B, seen_A), invert_pose(T))
+    for name in ("hole_mask_B", "inpainted_mask_B"):
+        view[name] &= ~front_B
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """An occluder as one camera sees it: its plane, and where pixels are in A (None: this is A) and in the other."""
+    """An occluder as one camera sees it: homographies to A's pixels and to the other view's, its plane and its box.
 
-    occluder: Occluder
-    to_A: Float[Tensor, "3 3"] | None
+    With the plane's first three numbers l and the last one d, its depth at pixel p is d / (l . p). Left, top, right and
+    bottom of the box hold all of it.
+    """
+
+    to_A: Float[Tensor, "3 3"]
     to_other: Float[Tensor, "3 3"]
-    K: Float[Tensor, "3 3"]
-    normal: Float[Tensor, " 3"]
-    distance: float
-
-    def depth(self, points_px: Float[Tensor, "h w 2"]) -> Float[Tensor, "h w"]:
-        """Z of the plane at pixels; not positive where it lies behind the camera."""
-        slope = _linear(self.normal @ torch.linalg.inv(self.K), points_px)  # n . ray
-        return self.distance / torch.where(slope.abs() < 1e-6, -1e-6, slope)
-
-    def in_A(self, points_px: Float[Tensor, "h w 2"]) -> Float[Tensor, "h w 2"]:
-        """Where pixels lie on the picture of the thing, normalised."""
-        mapped = points_px if self.to_A is None else _apply(self.to_A, points_px)
-        return to_normalized(mapped, (self.occluder.alpha.shape[0], self.occluder.alpha.shape[1]))
-
-    def alpha(self, in_A: Float[Tensor, "h w 2"]) -> Float[Tensor, "h w"]:
-        return sample_image(self.occluder.alpha, in_A, padding="zeros")
+    plane: Float[Tensor, " 4"]
+    box: Float[Tensor, " 4"]
 
 
-def _changes(
-    view: _Views, one: str, two: str, seen: _Seen, others: _Seen, pose: Float[Tensor, "4 4"]
-) -> tuple[_Views, Bool[Tensor, "h w"]]:
-    """What becomes of one view, its truth towards the other included, and where the thing is in front."""
-    depth, valid = view[f"depth_{one}"], view[f"valid_{one}"]
-    hw: HW = (depth.shape[0], depth.shape[1])
-    grid = pixel_grid(hw)
-    in_A, z = seen.in_A(grid), seen.depth(grid)
-    alpha = seen.alpha(in_A) * ((z > 0) & (~valid | (z < depth)))
-    front = alpha >= 0.5
-    # Of the thing, the other camera sees what lies before the scene there.
-    to_other = _apply(seen.to_other, grid)
-    target = to_normalized(to_other, hw)
-    scene = torch.where(view[f"valid_{two}"], view[f"depth_{two}"], torch.inf)
-    z_there = others.depth(to_other)
-    shown = inside_image(target) & (z_there > 0) & (z_there < sample_image(scene, target, mode="nearest"))
-    # Of the scene, it sees what it saw, but for what lies behind the thing.
-    old = view[f"warp_{one}_to_{two}"]
-    old_px = to_pixel(old, hw)
-    plane = others.depth(old_px)
-    behind = depth * _linear(pose[2, :3] @ torch.linalg.inv(view[f"K_{one}"]), grid) + pose[2, 3]
-    hidden = (others.alpha(others.in_A(old_px)) >= 0.5) & (plane > 0) & (plane < behind)
-    covisible = view[f"covisibility_{one}_to_{two}"] & ~hidden
-    color = sample_image(seen.occluder.color, in_A)
-    changes = {
-        f"image_{one}": torch.lerp(view[f"image_{one}"], color, alpha[..., None]),
-        f"depth_{one}": torch.where(front, z, depth),
-        f"valid_{one}": valid | front,
-        f"warp_{one}_to_{two}": torch.where(front[..., None], target, old),
-        f"covisibility_{one}_to_{two}": torch.where(front, shown, covisible),
-    }
-    return changes, front
+def _corners(alpha: Float[Tensor, "h w"]) -> Float[Tensor, "4 3"]:
+    """Corners of a rectangle around all that is covered and what bilinear sampling spreads of it, homogeneous."""
+    rows, columns = alpha.any(dim=1).nonzero().flatten(), alpha.any(dim=0).nonzero().flatten()
+    if not len(rows):
+        return torch.zeros(4, 3)
+    left, right, top, bottom = (int(i) for i in (columns[0] - 1, columns[-1] + 2, rows[0] - 1, rows[-1] + 2))
+    return torch.tensor(
+        [(left, top, 1), (right, top, 1), (left, bottom, 1), (right, bottom, 1)], dtype=torch.float32
+    )
 
 
-def _linear(coefficients: Float[Tensor, " 3"], points_px: Float[Tensor, "h w 2"]) -> Float[Tensor, "h w"]:
-    a, b, c = coefficients.tolist()
-    x, y = points_px.unbind(-1)
-    return a * x + b * y + c
+def _box(corners: Float[Tensor, "4 3"]) -> Float[Tensor, " 4"]:
+    """The box of a quadrangle given by homogeneous corners; everywhere if a part of it lies behind the camera."""
+    if not (corners[:, 2] > 1e-3).all():
+        return torch.tensor([-torch.inf, -torch.inf, torch.inf, torch.inf])
+    points = corners[:, :2] / corners[:, 2:]
+    return torch.cat([points.amin(dim=0) - 1e-2, points.amax(dim=0) + 1e-2])
 
 
-def _apply(homography: Float[Tensor, "3 3"], points_px: Float[Tensor, "h w 2"]) -> Float[Tensor, "h w 2"]:
-    """Pixels through a homography; what goes behind the camera is far outside every image."""
-    x, y, w = (_linear(row, points_px) for row in homography)
-    before = w > 1e-6
-    mapped = torch.stack([x, y], dim=-1) / torch.where(before, w, 1.0)[..., None]
-    return torch.where(before[..., None], mapped, _NOWHERE)
+def _plane(normal: Float[Tensor, " 3"], K: Float[Tensor, "3 3"], distance: float) -> Float[Tensor, " 4"]:
+    return torch.cat([normal @ torch.linalg.inv(K), torch.tensor([distance])])
 
 
-_NOWHERE = -1e4  # px: finite, as truth has to be where nothing is covisible
+def _occlude(
+    view: _Views,
+    before: _Views,
+    occluder: Occluder,
+    sides: tuple[str, str],
+    seen: tuple[_Seen, _Seen],
+    pose: Tensor,
+) -> Bool[Tensor, "h w"]:
+    """Change one view, its truth towards the other included; return where the thing is in front."""
+    from l2m_viz.training._occlude import occlude
+
+    (one, two), (own, others) = sides, seen
+    names = (
+        f"image_{one}",
+        f"depth_{one}",
+        f"valid_{one}",
+        f"warp_{one}_to_{two}",
+        f"covisibility_{one}_to_{two}",
+    )
+    behind = torch.cat([pose[2, :3] @ torch.linalg.inv(view[f"K_{one}"]), pose[2, 3:]])
+    front = torch.empty_like(view[f"valid_{one}"])
+    arrays = (
+        *(view[name] for name in names), before[f"depth_{two}"], before[f"valid_{two}"], occluder.alpha, occluder.color,
+        own.to_A, own.to_other, others.to_A, own.plane, others.plane, behind,
+        own.box, others.box, front,
+    )  # fmt: skip
+    run_kernel(occlude, *(array.numpy() for array in arrays))
+    return front
 
 
 def _shape(hw: HW, cfg: OccluderCfg, rng: np.random.Generator) -> np.ndarray:
@@ -256,10 +245,10 @@ def _color(image: Float[Tensor, "h w 3"], rng: np.random.Generator) -> Float[Ten
     """One colour that shades off, or the photo upside down in other colours."""
     height, width = image.shape[:2]
     if rng.random() < 0.5:
-        base, slopes = rng.random(3), rng.normal(0, 0.15, 2)
-        y, x = (np.linspace(-1, 1, side)[:, None] for side in (height, width))
+        base, slopes = (values.astype(np.float32) for values in (rng.random(3), rng.normal(0, 0.15, 2)))
+        y, x = (np.linspace(-1, 1, side, dtype=np.float32)[:, None] for side in (height, width))
         shade = slopes[0] * y + slopes[1] * x.T
-        return torch.from_numpy((base + shade[..., None]).clip(0, 1).astype(np.float32))
+        return torch.from_numpy((base + shade[..., None]).clip(0, 1))
     gain, order = rng.uniform(0.4, 1.6, 3).astype(np.float32), rng.permutation(3)
     shifts = int(rng.integers(height)), int(rng.integers(width))
     turned = image.flip(0, 1).roll(shifts, (0, 1))[..., order.copy()]

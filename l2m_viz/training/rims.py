@@ -64,6 +64,15 @@ class Rims:
     bow: Float[Tensor, "b 4"]
     grey: Float[Tensor, " b"]
 
+    @property
+    def drawn(self) -> Bool[Tensor, " b"]:
+        """Which images have one."""
+        return ((self.width != 0) | (self.bow != 0)).any(dim=1)
+
+    def select(self, index: Int64[Tensor, " n"]) -> "Rims":
+        """Those of some images."""
+        return Rims(self.width[index], self.bow[index], self.grey[index])
+
     def cover(self, points: Float[Tensor, "b h w 2"]) -> Bool[Tensor, "b h w"]:
         """Whether normalised points lie below the rim."""
         x, y = points.unbind(-1)
@@ -88,16 +97,21 @@ def with_rims(batch: PairBatch, cfg: RimCfg) -> PairBatch:
     Depth and validity stay those of the scene.
     """
     rims_A, rims_B = sample_rims(cfg, batch.seeds)
-    grid = normalized_grid((batch.image_A.shape[1], batch.image_A.shape[2])).expand_as(batch.warp_A_to_B)
-    covered_A, covered_B = rims_A.cover(grid), rims_B.cover(grid)
-    if not (covered_A.any() or covered_B.any()):
+    some = (rims_A.drawn | rims_B.drawn).nonzero().flatten()
+    if not len(some):
         return batch
+    A, B = rims_A.select(some), rims_B.select(some)
+    warp_A_to_B, warp_B_to_A = batch.warp_A_to_B[some], batch.warp_B_to_A[some]
+    grid = normalized_grid((batch.image_A.shape[1], batch.image_A.shape[2])).expand_as(warp_A_to_B)
+    covered_A, covered_B = A.cover(grid), B.cover(grid)
+    changed = {
+        "image_A": torch.where(covered_A[..., None], A.grey[:, None, None, None], batch.image_A[some]),
+        "image_B": torch.where(covered_B[..., None], B.grey[:, None, None, None], batch.image_B[some]),
+        "covisibility_A_to_B": batch.covisibility_A_to_B[some] & ~covered_A & ~B.cover(warp_A_to_B),
+        "covisibility_B_to_A": batch.covisibility_B_to_A[some] & ~covered_B & ~A.cover(warp_B_to_A),
+    }
     return replace(
-        batch,
-        image_A=torch.where(covered_A[..., None], rims_A.grey[:, None, None, None], batch.image_A),
-        image_B=torch.where(covered_B[..., None], rims_B.grey[:, None, None, None], batch.image_B),
-        covisibility_A_to_B=batch.covisibility_A_to_B & ~covered_A & ~rims_B.cover(batch.warp_A_to_B),
-        covisibility_B_to_A=batch.covisibility_B_to_A & ~covered_B & ~rims_A.cover(batch.warp_B_to_A),
+        batch, **{name: getattr(batch, name).index_copy(0, some, v) for name, v in changed.items()}
     )
 
 

@@ -154,8 +154,10 @@ class TrainingRun:
             raise L2MError("training", expected=expected, got=str(batch_size))
         return batch_size // processes
 
-    def update(self, loss: Tensor) -> dict[str, float]:
+    def update(self, loss: Tensor) -> dict[str, Tensor | float]:
         """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted.
+
+        The numbers stay where they are: read at once, each would have the host wait for a GPU.
 
         Every process comes to the same decision: gradients are averaged on the way back, and so is the loss.
         """
@@ -171,7 +173,7 @@ class TrainingRun:
             self.optimizer.step()
             self.ema.update_parameters(self.model)
         self.step += 1
-        return {"loss": mean.item(), "grad_norm": norm.item(), "skipped": float(not finite), "lr": rate}
+        return {"loss": mean, "grad_norm": norm, "skipped": float(not finite), "lr": rate}
 
     @property
     def done(self) -> bool:
@@ -281,7 +283,7 @@ def is_main_process() -> bool:
 
 def run_loop(
     run: TrainingRun,
-    step: Callable[[int], tuple[Tensor, dict[str, float]]],
+    step: Callable[[int], tuple[Tensor, Mapping[str, Tensor | float]]],
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int = 0,
     report: Callable[[dict[str, float]], None] | None = None,
@@ -297,14 +299,15 @@ def run_loop(
     """
     if not run.is_main:
         evaluate = report = None
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[Tensor | float]] = {}
     evaluated = -1
     try:
         while not run.done:
             started = time.perf_counter()
             loss, numbers = step(run.step)
-            numbers |= run.update(loss) | {"seconds_a_step": time.perf_counter() - started}
-            for key, value in numbers.items():
+            updated = run.update(loss)
+            seconds = {"seconds_a_step": time.perf_counter() - started}
+            for key, value in (dict(numbers) | updated | seconds).items():
                 sums.setdefault(key, []).append(value)
             if run.step % run.cfg.log_every == 0:
                 line = {key: _mean(values) for key, values in sums.items()}
@@ -377,8 +380,8 @@ def _groups(
     return groups, [scale for scale, _ in members]
 
 
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+def _mean(values: "list[Tensor | float]") -> float:
+    finite = [value for value in map(float, values) if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else float("nan")
 
 

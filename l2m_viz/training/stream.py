@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from l2m_viz.errors import ImageError, L2MError
+from l2m_viz.parallel import keep_memory
 from l2m_viz.training.pairs import NoPairError, Pair, PairCfg, Range, make_pair, read_photo
 
 PHOTO_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -75,6 +76,12 @@ class PairBatch:
         """Where a stream (without a ``stride``) has to start to go on behind this batch."""
         return self.index + len(self.photos)
 
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The batch with all that is as large as an image on a device; seeds and difficulties stay on the CPU."""
+        if torch.device(device) == self.image_A.device:
+            return self
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _STACKED})
+
 
 @dataclass(frozen=True)
 class StreamedPair:
@@ -106,13 +113,14 @@ class PairStream:
             One of several processes that share batches of B pairs has ``batch_size`` B / n and ``stride`` B.
         difficulty: The curriculum in place of ``cfg.difficulty``: a function of the pair's number, or a range to draw
             from.
+        finish: Done to each batch by the process that made it; a function that can be pickled.
 
     Raises:
         ImageError: no such folder, or no photo in it. While iterating: none of them can be read.
         L2MError: a number is out of its range. While iterating: the settings allow no pair, or a worker died.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all but the first two are options, by name)
         self,
         folder: str | Path,
         cfg: PairCfg | None = None,
@@ -124,6 +132,7 @@ class PairStream:
         length: int | None = None,
         stride: int | None = None,
         difficulty: Callable[[int], float] | Range | None = None,
+        finish: Callable[[PairBatch], PairBatch] | None = None,
     ) -> None:
         lowest = {"batch_size": (batch_size, 1), "seed": (seed, 0), "num_workers": (num_workers, 0)}
         lowest |= {"start": (start, 0), "length": (length or 0, 0)}
@@ -137,7 +146,7 @@ class PairStream:
         self.cfg, self.batch_size, self.seed, self.start = cfg or PairCfg(), batch_size, seed, start
         self.num_workers, self.length = num_workers, length
         self.difficulty: Callable[[int], float] | Range | None = difficulty
-        self.stride = stride or batch_size
+        self.stride, self.finish = stride or batch_size, finish
         self.skipped: dict[str, str] = {}
         self._maker = _PairMaker(Path(folder), self.cfg, seed)
 
@@ -155,7 +164,7 @@ class PairStream:
     def __iter__(self) -> Iterator[PairBatch]:
         """Make batches until ``length``."""
         loader = DataLoader(
-            _Batches(self._maker),
+            _Batches(self._maker, self.finish),
             batch_size=None,
             sampler=_Orders(self),
             num_workers=self.num_workers,
@@ -173,7 +182,9 @@ class PairStream:
                 yield made.batch
         except (RuntimeError, OSError, EOFError) as error:
             # Killed while it hands a batch over, a worker breaks the connection before the loader notices its end.
-            handing_over = self.num_workers and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+            handing_over = self.num_workers and isinstance(
+                error, ConnectionError | EOFError | FileNotFoundError
+            )
             if not handing_over and "DataLoader worker (pid" not in str(error):
                 raise
             todo = (
@@ -296,8 +307,8 @@ class _PairMaker:
 class _Batches(Dataset[_Made]):
     """Fills orders."""
 
-    def __init__(self, maker: _PairMaker) -> None:
-        self._maker = maker
+    def __init__(self, maker: _PairMaker, finish: Callable[[PairBatch], PairBatch] | None) -> None:
+        self._maker, self._finish = maker, finish
 
     def __getitem__(self, order: _Order) -> _Made:
         skipped: dict[str, str] = {}
@@ -309,7 +320,8 @@ class _Batches(Dataset[_Made]):
                 pairs.append(pair)
         except L2MError as error:
             return _Made(None, skipped, error)
-        return _Made(_stack(pairs), skipped, None)
+        batch = _stack(pairs)
+        return _Made(batch if self._finish is None else self._finish(batch), skipped, None)
 
 
 def _stack(made: list[StreamedPair]) -> PairBatch:
@@ -356,8 +368,9 @@ def _as_is(made: Any) -> Any:  # noqa: ANN401 (the loader's type says a list of 
 
 
 def use_one_thread(worker: int) -> None:
-    """Workers share the machine: each has one core."""
+    """Workers share the machine: each has one core. They make large tensors all the time, in memory that they keep."""
     del worker
+    keep_memory()
     numba.set_num_threads(1)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)  # last: numba's start sets the OpenMP that both may share to all cores

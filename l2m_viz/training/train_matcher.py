@@ -1,6 +1,7 @@
 """Stage 2: train a dense matcher's network on pairs made from single photos."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -150,17 +151,17 @@ def train_matcher(
     batches = _Batches(photos, cfg, run)
     refined = max(1, round(cfg.refined * batches.pairs))
 
-    def step(number: int) -> tuple[Tensor, dict[str, float]]:
+    def step(number: int) -> tuple[Tensor, dict[str, Tensor]]:
         network.train()
         for part in frozen:
             part.eval()
-        batch = with_rims(with_occluders(batches.next(number), cfg.occluders), cfg.rims)
-        image_A, image_B = _images(batch, cfg, device)
-        batch, image_B = with_unrelated(batch, image_B, cfg.unrelated)
+        batch = batches.next(number)
+        image_A, image_B = (_channels_first(image, cfg) for image in (batch.image_A, batch.image_B))
         with cfg.run.autocast(accelerator.device):
             there, back = run.network(image_A, image_B, refined)
-        terms, per_stage = _both_directions(there, back, batch, cfg.loss, device)
-        return terms["total"], {k: v.item() for k, v in terms.items() if k != "total"} | _errors(per_stage)
+        terms, per_stage = _both_directions(there, back, batch, cfg.loss)
+        total = terms.pop("total")
+        return total, {name: term.detach() for name, term in terms.items()} | _errors(per_stage)
 
     judges: list[Callable[[DenseNetwork], dict[str, float]]] = [validate] if validate else []
     if val_photos is not None and run.is_main:
@@ -178,19 +179,63 @@ def train_matcher(
     return trained
 
 
+@dataclass(frozen=True)
+class Dressing:
+    """What pairs get beside geometry, in this order: occluders, rims, light and noise, second views of other photos.
+
+    All of it is a function of the pairs' seeds and the settings.
+    """
+
+    occluders: OccluderCfg
+    rims: RimCfg
+    augment: AugmentCfg
+    unrelated: float
+
+    def __call__(self, batch: PairBatch) -> PairBatch:
+        """The batch as the network sees it."""
+        batch = with_rims(with_occluders(batch, self.occluders), self.rims)
+        seeds = batch.seeds // 2 * 2
+        image_A, image_B = (
+            augment(images, self.augment, seeds=seeds + view)
+            for view, images in enumerate((batch.image_A, batch.image_B))
+        )
+        return with_unrelated(replace(batch, image_A=image_A, image_B=image_B), self.unrelated)
+
+
 class _Batches:
-    """This process's share of batch number n of the run: sizes take turns, each with a stream of its own."""
+    """This process's share of batch number n of the run: sizes take turns, each with a stream of its own.
+
+    For a GPU a thread fetches the next one while the network is busy with this one.
+    """
 
     def __init__(self, photos: Path, cfg: MatcherTrainingCfg, run: TrainingRun) -> None:
-        self._cfg, self._photos = cfg, photos
+        self._cfg, self._photos, self._device = cfg, photos, run.accelerator.device
         self.pairs = run.share(cfg.batch_size)
         self._offset = run.accelerator.process_index * self.pairs
         self._streams: list[Iterator[PairBatch]] = [
             iter(self._stream(turn, self._turns_before(run.step, turn))) for turn in range(len(cfg.sizes))
         ]
+        self._coming: Future[PairBatch] | None = None
+        if self._device.type == "cuda":
+            self._thread, self._copies = ThreadPoolExecutor(1, "pairs"), torch.cuda.Stream(self._device)
 
     def next(self, step: int) -> PairBatch:
-        return next(self._streams[step % len(self._streams)])
+        if self._device.type != "cuda":
+            return next(self._streams[step % len(self._streams)])
+        batch = self._coming.result() if self._coming else self._to_gpu(step)
+        self._coming = self._thread.submit(self._to_gpu, step + 1)
+        for values in vars(batch).values():
+            if (
+                isinstance(values, Tensor) and values.is_cuda
+            ):  # the copies' stream may not take its memory back yet
+                values.record_stream(torch.cuda.current_stream(self._device))
+        return batch
+
+    def _to_gpu(self, step: int) -> PairBatch:
+        with torch.cuda.stream(self._copies):
+            batch = next(self._streams[step % len(self._streams)]).to(self._device)
+        self._copies.synchronize()
+        return batch
 
     def _turns_before(self, step: int, turn: int) -> int:
         count = len(self._cfg.sizes)
@@ -213,6 +258,7 @@ class _Batches:
             start=batches_done * cfg.batch_size + self._offset,
             stride=cfg.batch_size,
             difficulty=difficulty,
+            finish=Dressing(cfg.occluders, cfg.rims, cfg.augment, cfg.unrelated),
         )
 
 
@@ -228,22 +274,20 @@ class _Judge:
             length=batches,
             difficulty=(0.3, 1.5),
         )
-        self._batches, self._device, self._cfg = list(stream), device, cfg
+        self._batches, self._device, self._cfg = [batch.to(device) for batch in stream], device, cfg
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> dict[str, float]:
         errors, coarse, scores, labels = [], [], [], []
         for batch in self._batches:
-            image_A, image_B = (
-                _channels_first(image, self._cfg, self._device) for image in (batch.image_A, batch.image_B)
-            )
+            image_A, image_B = (_channels_first(image, self._cfg) for image in (batch.image_A, batch.image_B))
             with self._cfg.run.autocast(self._device):
                 stages, _ = network(image_A, image_B)
             hw = (image_B.shape[-2], image_B.shape[-1])
             losses = matcher_losses(
                 stages,
-                batch.warp_A_to_B.to(self._device),
-                batch.covisibility_A_to_B.to(self._device),
+                batch.warp_A_to_B,
+                batch.covisibility_A_to_B,
                 hw,
                 self._cfg.loss,
             )
@@ -261,56 +305,38 @@ class _Judge:
         }
 
 
-def _images(batch: PairBatch, cfg: MatcherTrainingCfg, device: str) -> tuple[Tensor, Tensor]:
-    """Both views, each with its own light, blur and noise, channels first."""
-    both = torch.cat([batch.image_A, batch.image_B]).to(device)
-    seeds = torch.cat([2 * (batch.seeds // 2), 2 * (batch.seeds // 2) + 1])
-    image_A, image_B = augment(both, cfg.augment, seeds=seeds).chunk(2)
-    return _channels_first(image_A, cfg, device), _channels_first(image_B, cfg, device)
-
-
-def _channels_first(
-    images: Float[Tensor, "b h w 3"], cfg: MatcherTrainingCfg, device: str
-) -> Float[Tensor, "b 3 h w"]:
-    images = images.to(device).permute(0, 3, 1, 2)  # strides are channels_last already
+def _channels_first(images: Float[Tensor, "b h w 3"], cfg: MatcherTrainingCfg) -> Float[Tensor, "b 3 h w"]:
+    images = images.permute(0, 3, 1, 2)  # strides are channels_last already
     return normalize_imagenet(images) if cfg.imagenet_normalised else images
 
 
-def with_unrelated(
-    batch: PairBatch, image_B: Float[Tensor, "b 3 h w"], share: float
-) -> tuple[PairBatch, Float[Tensor, "b 3 h w"]]:
+def with_unrelated(batch: PairBatch, share: float) -> PairBatch:
     """Give some pairs, chosen by their seeds, the next pair's second view: then they are covisible nowhere."""
     unrelated = (batch.seeds % 1000) < 1000 * share
     if len(unrelated) < 2 or not unrelated.any():
-        return batch, image_B
+        return batch
     keep = ~unrelated[:, None, None]
-    marked = replace(
+    return replace(
         batch,
+        image_B=torch.where(unrelated[:, None, None, None], batch.image_B.roll(-1, dims=0), batch.image_B),
         covisibility_A_to_B=batch.covisibility_A_to_B & keep,
         covisibility_B_to_A=batch.covisibility_B_to_A & keep,
     )
-    chosen = unrelated.to(image_B.device)[:, None, None, None]
-    return marked, torch.where(chosen, image_B.roll(-1, dims=0), image_B)
 
 
 def _both_directions(
-    there: list[StageOutput], back: list[StageOutput], batch: PairBatch, cfg: MatcherLossCfg, device: str
+    there: list[StageOutput], back: list[StageOutput], batch: PairBatch, cfg: MatcherLossCfg
 ) -> tuple[dict[str, Tensor], list[StageLoss]]:
     hw = (batch.image_A.shape[1], batch.image_A.shape[2])
-    forward = matcher_losses(
-        there, batch.warp_A_to_B.to(device), batch.covisibility_A_to_B.to(device), hw, cfg
-    )
-    backward = matcher_losses(
-        back, batch.warp_B_to_A.to(device), batch.covisibility_B_to_A.to(device), hw, cfg
-    )
+    forward = matcher_losses(there, batch.warp_A_to_B, batch.covisibility_A_to_B, hw, cfg)
+    backward = matcher_losses(back, batch.warp_B_to_A, batch.covisibility_B_to_A, hw, cfg)
     one, other = reduce_losses(forward, cfg), reduce_losses(backward, cfg)
     return {key: 0.5 * (one[key] + other[key]) for key in one}, forward
 
 
-def _errors(losses: list[StageLoss]) -> dict[str, float]:
+def _errors(losses: list[StageLoss]) -> dict[str, Tensor]:
     """Median end-point error of the first and the last stage, in pixels; NaN (not averaged) without truth."""
     found = {}
     for name, loss in (("coarse", losses[0]), ("fine", losses[-1])):
-        errors = loss.epe_px[loss.covisible]
-        found[f"epe_{name}_px"] = errors.median().item() if len(errors) else float("nan")
+        found[f"epe_{name}_px"] = torch.where(loss.covisible, loss.epe_px, torch.nan).nanmedian().detach()
     return found

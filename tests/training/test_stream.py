@@ -189,7 +189,9 @@ def test_a_killed_worker_ends_the_stream_with_a_clear_error(folder):
             next(stream)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError("socket")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError("socket")]
+)
 def test_a_worker_killed_while_it_hands_a_batch_over_ends_the_stream_with_the_same_error(
     folder, monkeypatch, error
 ):
@@ -202,7 +204,9 @@ def test_a_worker_killed_while_it_hands_a_batch_over_ends_the_stream_with_the_sa
     monkeypatch.setattr("l2m_viz.training.stream.DataLoader", broken)
     with pytest.raises(L2MError, match=r"^PairStream: a worker process ended"):
         next(iter(PairStream(folder, CFG, batch_size=2, num_workers=1)))
-    with pytest.raises(type(error)):  # without a worker nothing can be handed over: another fault, not to be hidden
+    with pytest.raises(
+        type(error)
+    ):  # without a worker nothing can be handed over: another fault, not to be hidden
         next(iter(PairStream(folder, CFG, batch_size=2)))
 
 
