@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from l2m_viz.data.files import atomic_write, write_text
 from l2m_viz.encoders.weights import load_strict
@@ -38,6 +38,8 @@ class RunCfg:
     steps: int = 20_000
     # Stop after this many minutes of this session; the run can go on later.
     minutes: float | None = None
+    # Train for this many minutes in all sessions together, cool-down included, if the steps do not end it before.
+    budget_minutes: float | None = None
     # AdamW's learning rate between warm-up and cool-down.
     lr: float = 6e-4
     # Steps of linear warm-up; also after a restart from weights alone.
@@ -60,11 +62,19 @@ class RunCfg:
         for name in ("steps", "lr", "log_every", "checkpoint_minutes"):
             if not getattr(self, name) > 0:
                 raise L2MError(f"RunCfg.{name}", expected="more than 0", got=str(getattr(self, name)))
+        if self.budget_minutes is not None and not self.budget_minutes > 0:
+            raise L2MError("RunCfg.budget_minutes", expected="more than 0", got=str(self.budget_minutes))
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step: warm-up, level, cool-down."""
+    def lr_at(self, step: int, spent: float = 0.0) -> float:
+        """Learning rate of a step: warm-up, level, cool-down.
+
+        Args:
+            step: Its number.
+            spent: Share of the budget of minutes that is used up.
+        """
         rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        into = (step - (1 - self.cooldown) * self.steps) / max(1.0, self.cooldown * self.steps)
+        share = max(step / self.steps, spent)
+        into = (share - (1 - self.cooldown)) / max(1 / self.steps, self.cooldown)
         fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, into))))
         return self.lr * rise * fall
 
@@ -161,7 +171,7 @@ class TrainingRun:
 
         Every process comes to the same decision: gradients are averaged on the way back, and so is the loss.
         """
-        rate = self.cfg.lr_at(self.step)
+        rate = self.cfg.lr_at(self.step, self.budget_spent)
         for group, scale in zip(self.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = rate * scale
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,14 +187,29 @@ class TrainingRun:
 
     @property
     def done(self) -> bool:
-        """All steps made, or this session's minutes used up by the clock of any process."""
-        if self.step >= self.cfg.steps or self.cfg.minutes is None:
-            return self.step >= self.cfg.steps
-        late = float((time.monotonic() - self._started) / 60 >= self.cfg.minutes)
-        votes: Tensor = self.accelerator.reduce(  # pyright: ignore[reportAssignmentType]
-            torch.tensor(late, device=self.accelerator.device), "sum"
+        """All steps made, the budget spent, or this session's minutes used up by the clock of any process."""
+        if self.step >= self.cfg.steps or self.budget_spent >= 1:
+            return True
+        if self.cfg.minutes is None:
+            return False
+        late = (time.monotonic() - self._started) / 60 >= self.cfg.minutes
+        return self._over_processes(float(late)) > 0
+
+    @property
+    def budget_spent(self) -> float:
+        """Share of the budget of minutes that is used up: the same in every process, from 0 to 1 and beyond."""
+        if self.cfg.budget_minutes is None:
+            return 0.0
+        return self._over_processes(self.trained_seconds / 60 / self.cfg.budget_minutes)
+
+    def _over_processes(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        mean: Tensor = self.accelerator.reduce(  # pyright: ignore[reportAssignmentType]
+            torch.tensor(value, device=self.accelerator.device), "mean"
         )
-        return votes.item() > 0
+        return mean.item()
 
     @property
     def trained_seconds(self) -> float:
@@ -353,13 +378,12 @@ def _ramped_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tenso
     """Exponential average whose memory grows from ten steps to 1 / (1 - decay): the first steps are soon forgotten."""
 
     def average(mean: list[Tensor], now: list[Tensor], num_averaged: Tensor) -> None:
-        count = int(num_averaged)
-        weight = 1 - min(decay, (1 + count) / (10 + count))
+        if mean[0].is_floating_point():
+            count = int(num_averaged)
+            get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(mean, now, num_averaged)
+            return
         for old, new in zip(mean, now, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new, weight)
-            else:
-                old.copy_(new)  # a counter of a batch norm
+            old.copy_(new)  # counters of batch norms
 
     return average
 
@@ -397,7 +421,16 @@ def _differences(theirs: dict[str, Any], mine: dict[str, Any], prefix: str = "")
 
 
 # Fewer steps in all than planned bring the cool-down forward: how a run that has to end is ended well.
-_MAY_CHANGE = ("steps", "minutes", "checkpoint_minutes", "log_every", "workers", "photos", "val_photos")
+_MAY_CHANGE = (
+    "steps",
+    "minutes",
+    "budget_minutes",
+    "checkpoint_minutes",
+    "log_every",
+    "workers",
+    "photos",
+    "val_photos",
+)
 
 
 def _truncate_log(path: Path, step: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l2m_viz.encoders.imagenet import normalize_imagenet
 from l2m_viz.encoders.weights import load_strict
+from l2m_viz.errors import L2MError
 from l2m_viz.evaluation import average_precision
 from l2m_viz.geometry import HW
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
@@ -73,6 +74,13 @@ class MatcherTrainingCfg:
     evaluate_every: int = 1000
     workers: int = 1
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise L2MError("MatcherTrainingCfg batch_size", expected="at least 1", got=str(self.batch_size))
+        if not 0 < self.refined <= 1:
+            expected = "a share above 0, at most 1"
+            raise L2MError("MatcherTrainingCfg refined", expected=expected, got=f"{self.refined:g}")
+
 
 @dataclass(frozen=True)
 class MatcherTrainingOptions:
@@ -81,8 +89,11 @@ class MatcherTrainingOptions:
     Attributes:
         preset: "tiny" is l2m-tiny; "base" a wider one for a GPU; "official" the full-size network by RoMa's recipe.
         minutes: Stop after so many minutes; the run can go on later.
+        budget_minutes: Train for so many minutes in all, the rate coming down at their end: for a machine that is lent.
         steps: Optimiser steps in all. A run that is under way may be given fewer: then it cools down and ends sooner.
         lr: Learning rate between warm-up and cool-down.
+        batch_size: Pairs a step, of all processes together; a GPU is idle with the 8 of "tiny".
+        refined: Share of them that the refiners see.
         ramp_steps: Steps over which pairs grow to their full difficulty; 0 suits a start from trained weights.
         freeze_encoder: Leave the encoder as it is.
         workers: Processes that make pairs, for each size of picture; 0 makes them in between.
@@ -90,21 +101,30 @@ class MatcherTrainingOptions:
 
     preset: Literal["tiny", "base", "official"] = "tiny"
     minutes: float | None = None
+    budget_minutes: float | None = None
     steps: int | None = None
     lr: float | None = None
+    batch_size: int | None = None
+    refined: float | None = None
     ramp_steps: int | None = None
     freeze_encoder: bool = False
     workers: int = 1
 
     def applied_to(self, cfg: MatcherTrainingCfg) -> MatcherTrainingCfg:
         """The settings with these choices."""
-        steps = cfg.run.steps if self.steps is None else self.steps
-        lr = cfg.run.lr if self.lr is None else self.lr
-        run = replace(cfg.run, minutes=self.minutes, steps=steps, lr=lr)
+        named = {"steps": self.steps, "lr": self.lr, "budget_minutes": self.budget_minutes}
+        chosen = {name: value for name, value in named.items() if value is not None}
+        named = {"batch_size": self.batch_size, "refined": self.refined}
+        of_batches = {name: value for name, value in named.items() if value is not None}
         ramp_steps = cfg.curriculum.ramp_steps if self.ramp_steps is None else self.ramp_steps
-        curriculum = replace(cfg.curriculum, ramp_steps=ramp_steps)
-        frozen = ("encoder",) if self.freeze_encoder else cfg.frozen
-        return replace(cfg, run=run, curriculum=curriculum, frozen=frozen, workers=self.workers)
+        return replace(
+            cfg,
+            run=replace(cfg.run, minutes=self.minutes, **chosen),
+            curriculum=replace(cfg.curriculum, ramp_steps=ramp_steps),
+            frozen=("encoder",) if self.freeze_encoder else cfg.frozen,
+            workers=self.workers,
+            **of_batches,
+        )
 
 
 def train_matcher(

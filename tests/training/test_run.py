@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_learning_rate_rises_stays_and_falls():
     assert [cfg.lr_at(s) for s in (9, 50, 80)] == pytest.approx([1, 1, 1])
     assert cfg.lr_at(90) == pytest.approx(0.01 + 0.99 / 2)
     assert cfg.lr_at(100) == pytest.approx(0.01)
+
+
+def test_a_budget_of_minutes_brings_the_rate_down_before_it_ends_the_run(tmp_path, monkeypatch):
+    """A clock that goes on by half a minute a step, in two sessions: in 10 minutes are 20 steps, 8 of them fall."""
+    cfg = RunCfg(steps=1000, lr=1.0, warmup_steps=1, cooldown=0.4, budget_minutes=10.0, log_every=1)
+    clock = {"now": 0.0}
+    monkeypatch.setattr("l2m_viz.training.run.time.monotonic", lambda: clock["now"])
+    rates = []
+    for last in (6, 1000):
+        run = TrainingRun(tmp_path, _model(), cfg, {})
+        while not run.done and run.step < last:
+            rates.append(run.update(_step(run)(run.step)[0])["lr"])
+            clock["now"] += 30
+        run.save()
+        clock["now"] += 3600  # between the sessions nothing is spent
+    assert len(rates) == 20
+    assert rates[:13] == pytest.approx([1.0] * 13)
+    expected = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 8)]
+    assert rates[13:] == pytest.approx(expected)
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from l2m_viz.encoders.conv_pyramid import ConvPyramidCfg
-from l2m_viz.errors import ImageError
+from l2m_viz.errors import ImageError, L2MError
 from l2m_viz.matching.attention import AttentionCoarseCfg
 from l2m_viz.matching.network import DenseNetwork, NetworkCfg
 from l2m_viz.matching.refiner import RefinerCfg
@@ -93,6 +93,11 @@ def test_what_a_user_may_choose():
     assert MatcherTrainingOptions().applied_to(cfg) == cfg
     chosen = MatcherTrainingOptions(lr=1e-4, ramp_steps=0, steps=70).applied_to(cfg)
     assert (chosen.run.lr, chosen.run.steps) == (1e-4, 70)
+    lent = MatcherTrainingOptions(batch_size=32, refined=1.0, budget_minutes=8).applied_to(cfg)
+    assert (lent.batch_size, lent.refined, lent.run.budget_minutes, lent.run.lr) == (32, 1.0, 8, cfg.run.lr)
+    for wrong in ({"batch_size": 0}, {"refined": 0.0}, {"budget_minutes": 0.0}):
+        with pytest.raises(L2MError, match=f"{next(iter(wrong))}: expected"):
+            MatcherTrainingOptions(**wrong).applied_to(cfg)
     assert chosen.curriculum.range_at(0) == cfg.curriculum.range_at(
         cfg.curriculum.ramp_steps
     )  # as hard as it gets
