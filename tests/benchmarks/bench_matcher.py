@@ -281,3 +281,46 @@ def bench_whole_network(benchmark, tmp_path, capsys):
     assert not quick or units["yardstick"] / units["bfloat16"] >= 5
     assert _agreement(results["float32"], yardstick, 1e-3) >= 0.999
     assert results["float32"]["peak"] <= 3.75e9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["float32", "bfloat16", "compiled"])
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_whole_network_on_a_gpu(benchmark, capsys, variant, batch):
+    """560 then 864, both ways, images in and `Match` out; "compiled" is bfloat16 under `torch.compile`."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU in this machine")
+    precision = "float32" if variant == "float32" else "bfloat16"
+    cfg = DenseMatcher.Cfg(RESOLUTION, UPSAMPLE_RESOLUTION, precision=precision, batch_size=batch)
+    matcher = DenseMatcher("official", _network(), cfg, "cuda")
+    pairs = [tuple(image.cuda() for image in _images())] * batch
+    if variant == "compiled":
+        for name in ("forward", "upsample"):
+            setattr(matcher.network, name, torch.compile(getattr(matcher.network, name)))
+    run_network, match = (
+        (lambda: _on_gpu(matcher, pairs)),
+        (lambda: matcher.match(*map(list, zip(*pairs, strict=True)))),
+    )
+    for _ in range(3):
+        run_network()
+    torch.cuda.reset_peak_memory_stats()
+    benchmark.pedantic(match, rounds=5)
+    peak, seconds = torch.cuda.max_memory_allocated() / 1e9, []
+    for _ in range(10):
+        start = time.perf_counter()
+        run_network()
+        seconds.append(time.perf_counter() - start)
+    network, whole = (t / batch * 1e3 for t in (statistics.median(seconds), benchmark.stats.stats.median))
+    benchmark.extra_info |= {"network_ms": network, "whole_ms": whole, "peak_gb": peak}
+    with capsys.disabled():
+        print(
+            f"\n{variant}, batches of {batch}: {network:.1f} ms a pair, {whole:.1f} ms with `Match` on the CPU, "
+            f"peak {peak:.2f} GB",
+            end="",
+        )
+
+
+def _on_gpu(matcher: DenseMatcher, pairs: list) -> None:
+    with torch.no_grad():
+        matcher._run(pairs)
+    torch.cuda.synchronize()

@@ -1,5 +1,7 @@
 """The splatter at the sizes of a lifted photo: 512x512 px, 262,144 Gaussians, 3 colour and 32 feature channels."""
 
+import time
+
 import pytest
 import torch
 
@@ -86,3 +88,40 @@ def bench_mesh_render(in_units):
     pose[0, 3] = -0.25
     camera = Camera(K, pose, 512, 512)
     in_units("mesh render 512^2", lambda: scene.render(camera), moved=4 * 512 * 512 * (7 + 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_features", [3, 32, 64, 128, 384])
+def bench_on_a_gpu(benchmark, capsys, num_features):
+    """Frames and training iterations (gradients to every parameter) a second of the gsplat backend, 512x512 px."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU in this machine")
+    gaussians, camera = _scene(512, num_features)
+    gaussians = gaussians.to("cuda")
+    names = ("means", "quats", "log_scales", "logit_opacities", "colors", "features")
+    leaves = [getattr(gaussians, name).clone().requires_grad_() for name in names]
+
+    def frame() -> None:
+        rasterize(gaussians, camera, backend="gsplat")
+        torch.cuda.synchronize()
+
+    def iteration() -> None:
+        render = rasterize(Gaussians(*leaves), camera, backend="gsplat")
+        loss = render.color.sum() + render.features.sum() + render.alpha.sum() + render.depth.sum()
+        torch.autograd.grad(loss, leaves)
+        torch.cuda.synchronize()
+
+    numbers = {}
+    for name, work in (("frames", frame), ("iterations", iteration)):
+        work()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(20):
+            work()
+        numbers[f"{name} a second"] = 20 / (time.perf_counter() - start)
+        numbers[f"GB of {name}"] = torch.cuda.max_memory_allocated() / 1e9
+    benchmark.pedantic(frame, rounds=20)
+    benchmark.extra_info |= numbers
+    with capsys.disabled():
+        told = ", ".join(f"{value:.3g} {name}" for name, value in numbers.items())
+        print(f"\ngsplat, 512^2, 262,144 Gaussians, {num_features} features: {told}", end="")
