@@ -32,6 +32,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    """`-m gpu` on a machine without one skips, and says why."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU in this machine")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory):
     """A temporary folder that goes when the tests end: gradio, Chromium and others leave files in theirs."""

@@ -288,8 +288,6 @@ def bench_whole_network(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize("batch", [1, 8])
 def bench_whole_network_on_a_gpu(benchmark, capsys, variant, batch):
     """560 then 864, both ways, images in and `Match` out; "compiled" is bfloat16 under `torch.compile`."""
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine")
     precision = "float32" if variant == "float32" else "bfloat16"
     cfg = DenseMatcher.Cfg(RESOLUTION, UPSAMPLE_RESOLUTION, precision=precision, batch_size=batch)
     matcher = DenseMatcher("official", _network(), cfg, "cuda")

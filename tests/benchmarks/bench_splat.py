@@ -94,8 +94,6 @@ def bench_mesh_render(in_units):
 @pytest.mark.parametrize("num_features", [3, 32, 64, 128, 384])
 def bench_on_a_gpu(benchmark, capsys, num_features):
     """Frames and training iterations (gradients to every parameter) a second of the gsplat backend, 512x512 px."""
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine")
     gaussians, camera = _scene(512, num_features)
     gaussians = gaussians.to("cuda")
     names = ("means", "quats", "log_scales", "logit_opacities", "colors", "features")

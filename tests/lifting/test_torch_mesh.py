@@ -222,8 +222,6 @@ def test_errors(unchecked):
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_renders():
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine")
     scenes = [_scene(seed, 1.05) for seed in range(NUM_SCENES)]
     cameras = _cameras(scenes, *MOVES["small"])
     batch = _batch(scenes)

@@ -285,8 +285,6 @@ def test_what_cannot_be_made_is_refused(photos, unchecked):
 
 @pytest.mark.gpu
 def test_a_gpu_makes_the_pairs_of_the_cpu(photos):
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine")
     cfg = PairCfg(hw=HW, holes="background", p_relight=0.5)
     ours = make_pairs_batch(photos, cfg, seeds=SEEDS)
     theirs = make_pairs_batch([photo.cuda() for photo in photos], cfg, seeds=SEEDS)

@@ -139,8 +139,6 @@ def assert_equal(one, other):
 @pytest.mark.gpu
 def test_a_gpu_learns_what_a_cpu_does(photos, tmp_path):
     """Two float32 runs of four steps: batches, losses and steps are the same but for the order of sums."""
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU in this machine")
     trained = {
         device: train_matcher(photos, tmp_path / device, CFG, device=device).cpu().state_dict()
         for device in ("cpu", "cuda")
