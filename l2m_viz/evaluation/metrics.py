@@ -43,8 +43,8 @@ def average_precision(scores: Float[Tensor, " n"], labels: Bool[Tensor, " n"]) -
         return float("nan")
     order = scores.argsort(descending=True)
     hits = labels[order].double().cumsum(0)
-    last_of_tie = torch.cat([scores[order].diff() != 0, torch.ones(1, dtype=torch.bool)])
-    hits, drawn = hits[last_of_tie], (torch.arange(len(scores)) + 1)[last_of_tie]
+    last_of_tie = torch.cat([scores[order].diff() != 0, hits.new_ones(1, dtype=torch.bool)])
+    hits, drawn = hits[last_of_tie], (torch.arange(len(scores), device=hits.device) + 1)[last_of_tie]
     gain = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
     return (gain * hits / drawn).sum().item()
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from l2m_viz.constants import constant
+
 HW = tuple[int, int]
 
 
@@ -127,4 +129,4 @@ def sample_warp(
 
 
 def _wh(like: Tensor, hw: HW) -> Tensor:
-    return torch.tensor([hw[1], hw[0]], device=like.device, dtype=like.dtype)
+    return constant((hw[1], hw[0]), like.device, like.dtype)

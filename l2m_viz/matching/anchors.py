@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from l2m_viz.constants import constant
 from l2m_viz.geometry import HW, normalized_grid
 
 Neighborhood = Literal["cross", "square"]
@@ -38,7 +39,10 @@ def anchors_to_warp(
             does not exist.
     """
     best = logits.argmax(dim=1, keepdim=True)  # [b 1 h w]
-    steps = torch.tensor(_STEPS[neighborhood], device=logits.device)
+    steps = torch.stack(
+        [constant(axis, logits.device, torch.int64) for axis in zip(*_STEPS[neighborhood], strict=True)],
+        dim=1,
+    )
     index, exists = (_by_index if wrap else _on_grid)(best, anchor_hw, steps)  # both [b k h w]
     weight = logits.gather(1, index).masked_fill(~exists, -torch.inf).softmax(dim=1)
     centers = normalized_grid(anchor_hw, device=logits.device, dtype=logits.dtype).reshape(-1, 2)

@@ -2,8 +2,8 @@
 
 The dot product with an interpolated feature is the interpolated dot product. So the window's dot products are taken at
 whole pixels and interpolated afterwards: the same numbers as from sampling hundreds of channels at every place of every
-window, for a fraction of the bytes. Two forms of the same sum: a numba kernel for the CPU, and torch operations for
-other devices, float64 and export.
+window, for a fraction of the bytes. Two forms of the same sum: a numba kernel for the CPU, and for other devices,
+float64 and export torch operations that gather each cell's window and multiply it with the cell's vector.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from l2m_viz.constants import constant
 from l2m_viz.geometry import to_integer_centers, to_pixel
 from l2m_viz.parallel import is_traced, run_kernel
 
@@ -34,8 +35,10 @@ def local_correlation(
     targets = to_integer_centers(to_pixel(warp.detach().permute(0, 2, 3, 1).to(dtype), (h, w)))  # [b h w 2]
     if features_A.device.type == "cpu" and dtype == torch.float32 and not is_traced():
         correlation = _Correlate.apply(features_A, features_B, targets, radius)
-    else:
+    elif is_traced():
         correlation = _correlate_in_torch(features_A, features_B, targets, radius)
+    else:
+        correlation = _CorrelateInTorch.apply(features_A, features_B, targets, radius)
     return correlation.permute(0, 3, 1, 2)  # channels last in memory, as the convolutions after it like it
 
 
@@ -74,30 +77,114 @@ class _Correlate(torch.autograd.Function):
         return grad_A.permute(0, 3, 1, 2), None, None, None
 
 
+class _CorrelateInTorch(torch.autograd.Function):
+    """`_correlate_in_torch`, whose windows are gathered again for the gradient: kept, they would be gigabytes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 (torch has no public type for it)
+        features_A: Tensor,
+        features_B: Tensor,
+        targets: Tensor,
+        radius: int,
+    ) -> Tensor:
+        ctx.save_for_backward(features_B, targets)
+        ctx.radius = radius
+        return _correlate_in_torch(features_A, features_B, targets, radius)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        features_B, targets = ctx.saved_tensors
+        windows = _Windows(features_B, targets, ctx.radius)
+        grad = grads[0].reshape(windows.num, *(2 * [2 * ctx.radius + 1]))
+        parts = [
+            torch.bmm(
+                _spread(grad[cells], windows.fractions[cells]).flatten(1)[:, None], windows.gather(cells)
+            )[:, 0]
+            for cells in windows.blocks()
+        ]
+        grad_A = torch.cat(parts).view(*targets.shape[:3], -1) / features_B.shape[1] ** 0.5
+        return grad_A.permute(0, 3, 1, 2), None, None, None
+
+
 def _correlate_in_torch(
     features_A: Float[Tensor, "b c h w"],
     features_B: Float[Tensor, "b c h2 w2"],
     targets: Float[Tensor, "b h w 2"],
     radius: int,
 ) -> Float[Tensor, "b h w k"]:
-    height, width = features_B.shape[-2:]
-    corner = targets.floor()
-    x, y = (targets - corner)[..., None].unbind(dim=-2)  # fractions, [b h w 1]
-    # The window around a target this far outside is all zeros; clamped, its indices stay small. NaN is outside, too.
-    limit = torch.tensor([width, height], device=targets.device, dtype=targets.dtype) + radius
-    corner = torch.minimum(corner.nan_to_num(nan=-torch.inf).clamp(min=-radius - 2), limit).long()
-    a = features_A.permute(0, 2, 3, 1) / features_A.shape[1] ** 0.5  # [b h w c]
-    b = F.pad(features_B.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # a frame of zeros; [b h2+2 w2+2 c]
-    batch = torch.arange(len(b), device=b.device)[:, None, None]
-    rows = []
-    for v in range(-radius, radius + 2):
-        row = (corner[..., 1] + v).clamp(-1, height) + 1
-        columns = [(corner[..., 0] + u).clamp(-1, width) + 1 for u in range(-radius, radius + 2)]
-        dots = [(a * b[batch, row, column]).sum(dim=-1) for column in columns]
-        row_of_dots = torch.stack(dots, dim=-1)  # [b h w 2r+2]
-        rows.append(torch.lerp(row_of_dots[..., :-1], row_of_dots[..., 1:], x.nan_to_num()))
-    upper, lower = torch.stack(rows[:-1], dim=-2), torch.stack(rows[1:], dim=-2)  # [b h w 2r+1 2r+1]
-    return torch.lerp(upper, lower, y.nan_to_num()[..., None]).flatten(-2)
+    windows = _Windows(features_B, targets, radius)
+    a = features_A.permute(0, 2, 3, 1).reshape(windows.num, -1, 1) / features_A.shape[1] ** 0.5
+    parts = [
+        _interpolated(
+            torch.bmm(windows.gather(cells), a[cells]).unflatten(1, (windows.side, -1))[..., 0],
+            windows.fractions[cells],
+        )
+        for cells in windows.blocks()
+    ]
+    return torch.cat(parts).view(*targets.shape[:3], -1)
+
+
+class _Windows:
+    """The windows of whole pixels of B around the targets of all cells, (2r + 2)^2 each; zeros outside of B.
+
+    Attributes:
+        num: How many.
+        side: 2r + 2.
+        fractions: Where the targets lie between the pixels (x, y), (n, 2).
+    """
+
+    def __init__(
+        self, features_B: Float[Tensor, "b c h w"], targets: Float[Tensor, "b h2 w2 2"], radius: int
+    ) -> None:
+        batch, _, height, width = features_B.shape
+        self._hw, self._radius = (height, width), radius
+        self.side, self.num = 2 * radius + 2, targets.shape[:3].numel()
+        corner = targets.floor()
+        self.fractions = (targets - corner).nan_to_num().reshape(self.num, 2)
+        # The window of a target this far outside is all zeros; clamped, its indices stay small. NaN is outside, too.
+        limit = constant((width + radius, height + radius), targets.device, targets.dtype)
+        corner = torch.minimum(corner.nan_to_num(nan=-torch.inf).clamp(min=-radius - 2), limit)
+        self._corner = corner.long().reshape(self.num, 2)
+        b = F.pad(features_B.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # a frame of zeros
+        self._rows = b.reshape(batch * (height + 2) * (width + 2), -1)
+        of_image = torch.arange(batch, device=b.device) * ((height + 2) * (width + 2))
+        self._start = of_image.repeat_interleave(self.num // max(1, batch))
+
+    def blocks(self) -> list[slice]:
+        """Cells whose windows fit into memory together."""
+        if is_traced():
+            return [slice(0, self.num)]
+        bytes_of_one = self.side**2 * self._rows.shape[1] * self._rows.element_size()
+        step = max(1, min(_MAX_CELLS, _BLOCK_BYTES // bytes_of_one))
+        return [slice(first, first + step) for first in range(0, self.num, step)]
+
+    def gather(self, cells: slice) -> Float[Tensor, "n k c"]:
+        """The windows of some cells, row by row."""
+        (height, width), r = self._hw, self._radius
+        steps = torch.arange(-r, r + 2, device=self._rows.device)
+        columns = (self._corner[cells, :1] + steps).clamp(-1, width) + 1
+        rows = (self._corner[cells, 1:] + steps).clamp(-1, height) + 1
+        index = self._start[cells, None, None] + rows[:, :, None] * (width + 2) + columns[:, None]
+        return self._rows[index.flatten(1)]
+
+
+_BLOCK_BYTES = 512 * 2**20
+_MAX_CELLS = 32_768  # a batched product's grid has a limit
+
+
+def _interpolated(dots: Float[Tensor, "n k k"], fractions: Float[Tensor, "n 2"]) -> Float[Tensor, "n m"]:
+    """The products at whole pixels, bilinearly between them: (2r + 2)^2 become (2r + 1)^2."""
+    x, y = fractions[:, None, None].unbind(dim=-1)  # [n 1 1]
+    rows = torch.lerp(dots[:, :, :-1], dots[:, :, 1:], x)
+    return torch.lerp(rows[:, :-1], rows[:, 1:], y).flatten(1)
+
+
+def _spread(grad: Float[Tensor, "n m m"], fractions: Float[Tensor, "n 2"]) -> Float[Tensor, "n k k"]:
+    """The adjoint of `_interpolated`."""
+    x, y = fractions[:, None, None].unbind(dim=-1)
+    rows = F.pad(grad * (1 - y), (0, 0, 0, 1)) + F.pad(grad * y, (0, 0, 1, 0))
+    return F.pad(rows * (1 - x), (0, 1)) + F.pad(rows * x, (1, 0))
 
 
 def _channels_last(features: Tensor) -> Tensor:

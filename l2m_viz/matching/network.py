@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from l2m_viz.constants import constant
 from l2m_viz.encoders.conv_pyramid import ConvPyramid, ConvPyramidCfg
 from l2m_viz.encoders.dinov2 import DinoCfg, DinoViT
 from l2m_viz.encoders.folding import conv_norm
@@ -279,9 +280,7 @@ def _build_coarse(
 def _unit(cfg: RefinerCfg, hw_B: HW, like: Tensor) -> Float[Tensor, "2 1 1"]:
     """Normalised (x, y) that an output of 1 moves the warp by."""
     reach = (cfg.reach or cfg.stride) / _REACH_SCALE
-    return torch.tensor([reach / hw_B[1], reach / hw_B[0]], device=like.device, dtype=like.dtype)[
-        :, None, None
-    ]
+    return constant((reach / hw_B[1], reach / hw_B[0]), like.device, like.dtype)[:, None, None]
 
 
 def _resize(values: Float[Tensor, "b c h w"], size: torch.Size) -> Float[Tensor, "b c h2 w2"]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from l2m_viz._simd import LANES
+from l2m_viz.constants import constant
 from l2m_viz.errors import L2MError
 from l2m_viz.geometry import (
     from_integer_centers,
@@ -114,7 +115,7 @@ def _propagate_in_torch(
 ) -> Float[Tensor, "b 2 h w"]:
     grid = normalized_grid((warp.shape[-2], warp.shape[-1]), device=warp.device, dtype=warp.dtype)
     displacement = warp - grid.permute(2, 0, 1)
-    cells = torch.tensor(units_B.shape[:-3:-1], device=warp.device, dtype=warp.dtype).view(2, 1, 1) / 2
+    cells = constant(tuple(units_B.shape[:-3:-1]), warp.device, warp.dtype).view(2, 1, 1) / 2
     result, best = warp, cfg.margin + _agreement(units_A, units_B, warp, cfg.window)
     for reach in cfg.reaches:
         for dy, dx in ((-reach, 0), (0, -reach), (0, reach), (reach, 0)):

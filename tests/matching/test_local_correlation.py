@@ -95,3 +95,30 @@ def test_both_forms_agree():
     torch.testing.assert_close(
         local_correlation(features_A, features_B, warp, 2), expected, atol=1e-5, rtol=1e-5
     )
+
+
+def test_any_number_of_cells_at_a_time_is_the_same(monkeypatch):
+    features_A, features_B, warp = _inputs(dtype=torch.float64)
+    weight = torch.randn(2, 25, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    results = []
+    for cells in (10**6, 7):
+        monkeypatch.setattr("l2m_viz.matching.local_correlation._MAX_CELLS", cells)
+        leaf = features_A.clone().requires_grad_()
+        result = local_correlation(leaf, features_B, warp, 2)
+        (result * weight).sum().backward()
+        results.append((result.detach(), leaf.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_values_and_gradients():
+    features_A, features_B, warp = _inputs(channels=64)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = features_A.to(device).requires_grad_()
+        result = local_correlation(leaf, features_B.to(device), warp.to(device), 3)
+        result.square().sum().backward()
+        results.append((result.detach().cpu(), leaf.grad.cpu()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
