@@ -115,7 +115,7 @@ class AttentionLayer(nn.Module):
         return a + self._mlp(a), b + self._mlp(b)
 
     def _self(self, x: Tensor, turn: Tensor) -> Tensor:
-        q, k, v = (self._split(part) for part in self.qkv(self.norm_self(x)).chunk(3, dim=-1))
+        q, k, v = (self._split(part) for part in linear(self.qkv, self.norm_self(x)).chunk(3, dim=-1))
         attended = attend(rotate(q, turn), rotate(k, turn), v)
         return linear(self.out_self, _merge(attended))
 
@@ -125,7 +125,7 @@ class AttentionLayer(nn.Module):
 
     def _cross_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm_cross(x)
-        return self._split(self.qk_cross(normed)), self._split(self.v_cross(normed))
+        return self._split(linear(self.qk_cross, normed)), self._split(linear(self.v_cross, normed))
 
     def _split(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n c"]:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l2m_viz._simd import LANES
 from l2m_viz.encoders.folding import conv_norm, fold
-from l2m_viz.encoders.linear import add_to_rows
+from l2m_viz.encoders.linear import affine, packed
 from l2m_viz.geometry import HW, normalized_grid
 from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, convolve
 from l2m_viz.matching.local_correlation import local_correlation
@@ -170,24 +170,25 @@ class RefinerBlock(nn.Sequential):
         more_in, more_out = channels - width_in, out.shape[-1] - width_out
         weight, bias = fold(depthwise, norm)
         weight, bias = F.pad(weight, (0, 0) * 3 + (0, more_in)), F.pad(bias, (0, more_in))
-        matrix = F.pad(pointwise.weight.flatten(1), (0, more_in, 0, more_out)).T
+        matrix = F.pad(pointwise.weight.flatten(1), (0, more_in, 0, more_out))
         weight, bias, matrix, shift = (
             parameter.to(x.dtype)
             for parameter in (weight, bias, matrix, F.pad(pointwise.bias, (0, more_out)))
         )
         rim, width = weight.shape[-1] // 2, x.shape[2]
         rows = max(1, _BAND_BYTES // (width * channels * x.element_size()))
+        exact = x.dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
+            matrix = packed(matrix, rows * width) if exact else matrix.T
             # an image at a time, its axis kept: without it torch does not see that the maps are channels last
             for source, target in zip(x.split(1), out[:, rim:-rim].split(1), strict=True):
                 for top in range(0, target.shape[1], rows):
                     band = target[0, top : top + rows].view(-1, target.shape[-1])  # [n d]
-                    y = _convolved(source, top, len(band) // width, weight, bias)
-                    if band.dtype == torch.float32:
-                        torch.mm(y.view(-1, channels), matrix, out=band)
-                        add_to_rows(band, shift)
+                    y = _convolved(source, top, len(band) // width, weight, bias).view(-1, channels)
+                    if exact:
+                        band.copy_(affine(y, matrix, shift))
                     else:
-                        torch.addmm(shift, y.view(-1, channels), matrix, out=band)
+                        torch.addmm(shift, y, matrix, out=band)
 
 
 def _convolved(

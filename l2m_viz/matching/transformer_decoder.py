@@ -39,7 +39,9 @@ class TransformerDecoder(nn.Module):
     ) -> tuple[Float[Tensor, "b a h w"], Float[Tensor, "b 1 h w"]]:
         """Return the anchors' logits and the certainty logit of every cell."""
         tokens = features.flatten(2).transpose(1, 2)  # [b n c]
-        out = self.to_out(self.blocks(tokens)).float().transpose(1, 2).unflatten(2, features.shape[-2:])
+        out = (
+            linear(self.to_out, self.blocks(tokens)).float().transpose(1, 2).unflatten(2, features.shape[-2:])
+        )
         return out[:, :-1], out[:, -1:]
 
 
@@ -64,7 +66,7 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = linear(self.qkv, tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)  # [b heads n c/heads]
         return linear(self.proj, attended.transpose(1, 2).flatten(2))
 

@@ -4,20 +4,26 @@ import pytest
 import torch
 from torch import nn
 
-from l2m_viz.encoders.linear import linear
+from l2m_viz.encoders.linear import affine, linear, packed
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (1, 24), (0, 24)])
 @pytest.mark.parametrize("features", [16, 19])
-def test_it_is_the_layer(shape, features):
-    """19 is left to torch."""
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])  # a build of torch without it takes the other way
+def test_it_is_the_layer(monkeypatch, shape, features, bias, onednn):
+    if not onednn:
+        monkeypatch.setattr("l2m_viz.encoders.linear._HAS_ONEDNN", False)
     torch.manual_seed(0)
-    layer, x = nn.Linear(24, features), torch.randn(shape)
-    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    layer, x = nn.Linear(24, features, bias=bias), torch.randn(shape)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
     with torch.no_grad():
         got = linear(layer, x)
+        rows = x.reshape(-1, 24)
+        by_blocks = affine(rows, packed(layer.weight, max(1, len(rows))), layer.bias)
     assert got.shape == (*shape[:-1], features)
     torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_blocks.view(got.shape).double(), exact, atol=1e-5, rtol=0)
 
 
 def test_gelu_is_x_times_the_normal_distribution():
