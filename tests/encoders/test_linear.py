@@ -40,14 +40,16 @@ def test_gelu_is_x_times_the_normal_distribution():
     )
 
 
-def test_nan_and_infinity_go_through():
+def test_what_is_not_finite_stays_so():
+    """A network that overflowed must not look sound again."""
     layer = nn.Linear(8, 8)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)
     with torch.no_grad():
         layer.bias[0], layer.bias[1] = torch.nan, torch.inf
-        got = linear(layer, torch.ones(3, 8), gelu=True)
-    assert got[:, 0].isnan().all() and (got[:, 1] == torch.inf).all()
+        plain, got = linear(layer, torch.ones(3, 8)), linear(layer, torch.ones(3, 8), gelu=True)
+    assert plain[:, 0].isnan().all() and (plain[:, 1] == torch.inf).all()
+    assert not got[:, :2].isfinite().any() and got[:, 2:].isfinite().all()
 
 
 def test_gradients_are_torchs():
