@@ -105,3 +105,16 @@ def test_full_size_has_the_official_parameters():
     with torch.device("meta"):
         state = DinoViT().state_dict()
     assert {key: list(tensor.shape) for key, tensor in state.items()} == official
+
+
+def test_in_bfloat16_it_is_within_two_hundredths_of_the_official_outputs(golden):
+    arrays = golden("dinov2")
+    meta = json.loads(str(arrays["meta"]))
+    vit = DinoViT(
+        DinoCfg(meta["embed_dim"], meta["depth"], meta["num_heads"], meta["patch_size"], meta["img_size"])
+    ).eval()
+    vit.load_state_dict({k[2:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("w.")})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = vit(torch.from_numpy(arrays["in.image"]))
+    expected = torch.from_numpy(arrays["out.tokens"])
+    assert (features.flatten(2).transpose(1, 2) - expected).norm() / expected.norm() < 2e-2
