@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from l2m_viz.parallel import is_traced
+
 
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers as a tensor (n,), which nobody may change.
@@ -16,7 +18,7 @@ def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype
     >>> constant((0.5, 2.0), torch.device("cpu"))
     tensor([0.5000, 2.0000])
     """
-    if device.type == "cpu":  # no wait, and export wants to see numbers as numbers
+    if device.type == "cpu" or is_traced():  # no wait, and export wants to see numbers as numbers
         return torch.tensor(values, dtype=dtype)
     return _on_device(values, device, dtype)
 

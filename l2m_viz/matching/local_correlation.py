@@ -30,15 +30,18 @@ def local_correlation(
     positions nor the sampled features have any, as in RoMa. The result is float32 (float64 if the features are).
     """
     dtype = torch.promote_types(features_A.dtype, torch.float32)
-    features_A, features_B = features_A.to(dtype), features_B.detach().to(dtype)
-    h, w = features_B.shape[-2:]
-    targets = to_integer_centers(to_pixel(warp.detach().permute(0, 2, 3, 1).to(dtype), (h, w)))  # [b h w 2]
-    if features_A.device.type == "cpu" and dtype == torch.float32 and not is_traced():
-        correlation = _Correlate.apply(features_A, features_B, targets, radius)
-    elif is_traced():
-        correlation = _correlate_in_torch(features_A, features_B, targets, radius)
-    else:
-        correlation = _CorrelateInTorch.apply(features_A, features_B, targets, radius)
+    with torch.autocast(features_A.device.type, enabled=False):  # which takes products to half precision
+        features_A, features_B = features_A.to(dtype), features_B.detach().to(dtype)
+        h, w = features_B.shape[-2:]
+        targets = to_integer_centers(
+            to_pixel(warp.detach().permute(0, 2, 3, 1).to(dtype), (h, w))
+        )  # [b h w 2]
+        if is_traced():
+            correlation = _correlate_in_torch(features_A, features_B, targets, radius)
+        elif features_A.device.type == "cpu" and dtype == torch.float32:
+            correlation = _Correlate.apply(features_A, features_B, targets, radius)
+        else:
+            correlation = _CorrelateInTorch.apply(features_A, features_B, targets, radius)
     return correlation.permute(0, 3, 1, 2)  # channels last in memory, as the convolutions after it like it
 
 
@@ -95,15 +98,14 @@ class _CorrelateInTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         features_B, targets = ctx.saved_tensors
-        windows = _Windows(features_B, targets, ctx.radius)
-        grad = grads[0].reshape(windows.num, *(2 * [2 * ctx.radius + 1]))
-        parts = [
-            torch.bmm(
-                _spread(grad[cells], windows.fractions[cells]).flatten(1)[:, None], windows.gather(cells)
-            )[:, 0]
-            for cells in windows.blocks()
-        ]
-        grad_A = torch.cat(parts).view(*targets.shape[:3], -1) / features_B.shape[1] ** 0.5
+        windows, channels = _Windows(features_B, targets, ctx.radius), features_B.shape[1]
+        grad = grads[0].reshape(windows.num, windows.side - 1, windows.side - 1)
+        grad_A = grad.new_empty(windows.num, channels)
+        with torch.autocast(grad.device.type, enabled=False):
+            for cells in windows.blocks():
+                spread = _spread(grad[cells], windows.fractions[cells])
+                grad_A[cells] = torch.bmm(spread.flatten(1)[:, None], windows.gather(cells))[:, 0]
+        grad_A = grad_A.view(*targets.shape[:3], channels) / channels**0.5
         return grad_A.permute(0, 3, 1, 2), None, None, None
 
 
@@ -113,16 +115,20 @@ def _correlate_in_torch(
     targets: Float[Tensor, "b h w 2"],
     radius: int,
 ) -> Float[Tensor, "b h w k"]:
-    windows = _Windows(features_B, targets, radius)
-    a = features_A.permute(0, 2, 3, 1).reshape(windows.num, -1, 1) / features_A.shape[1] ** 0.5
-    parts = [
-        _interpolated(
-            torch.bmm(windows.gather(cells), a[cells]).unflatten(1, (windows.side, -1))[..., 0],
-            windows.fractions[cells],
-        )
-        for cells in windows.blocks()
-    ]
-    return torch.cat(parts).view(*targets.shape[:3], -1)
+    windows, channels = _Windows(features_B, targets, radius), features_A.shape[1]
+    a = features_A.permute(0, 2, 3, 1).reshape(windows.num, channels, 1) / channels**0.5
+    if is_traced():  # all cells at once, a row of their windows at a time: whole windows would be gigabytes
+        everything = slice(0, windows.num)
+        rows = [
+            torch.bmm(windows.gather(everything, slice(v, v + 1)), a)[..., 0] for v in range(windows.side)
+        ]
+        correlation = _interpolated(torch.stack(rows, dim=1), windows.fractions)
+    else:
+        correlation = a.new_empty(windows.num, (windows.side - 1) ** 2)
+        for cells in windows.blocks():
+            dots = torch.bmm(windows.gather(cells), a[cells]).view(-1, windows.side, windows.side)
+            correlation[cells] = _interpolated(dots, windows.fractions[cells])
+    return correlation.view(*targets.shape[:3], (windows.side - 1) ** 2)
 
 
 class _Windows:
@@ -137,7 +143,7 @@ class _Windows:
     def __init__(
         self, features_B: Float[Tensor, "b c h w"], targets: Float[Tensor, "b h2 w2 2"], radius: int
     ) -> None:
-        batch, _, height, width = features_B.shape
+        batch, channels, height, width = features_B.shape
         self._hw, self._radius = (height, width), radius
         self.side, self.num = 2 * radius + 2, targets.shape[:3].numel()
         corner = targets.floor()
@@ -147,25 +153,23 @@ class _Windows:
         corner = torch.minimum(corner.nan_to_num(nan=-torch.inf).clamp(min=-radius - 2), limit)
         self._corner = corner.long().reshape(self.num, 2)
         b = F.pad(features_B.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # a frame of zeros
-        self._rows = b.reshape(batch * (height + 2) * (width + 2), -1)
+        self._rows = b.reshape(batch * (height + 2) * (width + 2), channels)
         of_image = torch.arange(batch, device=b.device) * ((height + 2) * (width + 2))
         self._start = of_image.repeat_interleave(self.num // max(1, batch))
 
     def blocks(self) -> list[slice]:
         """Cells whose windows fit into memory together."""
-        if is_traced():
-            return [slice(0, self.num)]
-        bytes_of_one = self.side**2 * self._rows.shape[1] * self._rows.element_size()
+        bytes_of_one = self.side**2 * max(1, self._rows.shape[1]) * self._rows.element_size()
         step = max(1, min(_MAX_CELLS, _BLOCK_BYTES // bytes_of_one))
         return [slice(first, first + step) for first in range(0, self.num, step)]
 
-    def gather(self, cells: slice) -> Float[Tensor, "n k c"]:
-        """The windows of some cells, row by row."""
+    def gather(self, cells: slice, rows: slice = slice(None)) -> Float[Tensor, "n k c"]:
+        """The windows of some cells, or some rows of them, row by row."""
         (height, width), r = self._hw, self._radius
         steps = torch.arange(-r, r + 2, device=self._rows.device)
-        columns = (self._corner[cells, :1] + steps).clamp(-1, width) + 1
-        rows = (self._corner[cells, 1:] + steps).clamp(-1, height) + 1
-        index = self._start[cells, None, None] + rows[:, :, None] * (width + 2) + columns[:, None]
+        column = (self._corner[cells, :1] + steps).clamp(-1, width) + 1
+        row = (self._corner[cells, 1:] + steps[rows]).clamp(-1, height) + 1
+        index = self._start[cells, None, None] + row[:, :, None] * (width + 2) + column[:, None]
         return self._rows[index.flatten(1)]
 
 

@@ -1,4 +1,4 @@
-"""Numba kernel of `occluders.put_before`: one view of a pair, with one more flat thing in it.
+"""Numba kernel of `occluders.put_into`: one view of a pair, with one more flat thing in it.
 
 `no_type_check` keeps the tests' jaxtyping hook from wrapping what numba compiles.
 

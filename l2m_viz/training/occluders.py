@@ -116,18 +116,11 @@ def draw_occluder(
     return Occluder(alpha, _color(image, rng), normal, distance)
 
 
-def put_before(view: _Views, occluder: Occluder) -> _Views:
-    """One pair with one more thing in it, hidden where the scene is nearer."""
-    changed = {name: view[name].clone(memory_format=torch.contiguous_format) for name in _CHANGED}
-    put_into(view | changed, occluder)
-    return view | changed
-
-
 def put_into(view: _Views, occluder: Occluder) -> None:
-    """Do what `put_before` does, in place; the maps are contiguous, on the CPU."""
+    """Put one more thing into a pair, hidden where the scene is nearer: in place, maps contiguous and on the CPU."""
     K_A, K_B, T = view["K_A"], view["K_B"], view["T_A_to_B"]
     A_to_B = plane_homography(K_A, K_B, T, occluder.normal, occluder.distance)
-    B_to_A = torch.linalg.inv(A_to_B)
+    B_to_A = torch.linalg.inv(A_to_B).contiguous()  # for columns the kernel would be compiled once more
     normal_B = T[:3, :3] @ occluder.normal
     distance_B = occluder.distance + (normal_B @ T[:3, 3]).item()
     corners = _corners(occluder.alpha)

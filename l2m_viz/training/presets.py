@@ -46,7 +46,7 @@ def tiny_matcher() -> MatcherTrainingCfg:
 
 
 def base_matcher() -> MatcherTrainingCfg:
-    """Stage 2 of a wider network of l2m-tiny's kind, for one GPU. It was never trained here: none was at hand."""
+    """Stage 2 of a wider network of l2m-tiny's kind, for one GPU. It was never trained here."""
     return replace(
         tiny_matcher(),
         network=base_cfg(),

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class RunCfg:
     steps: int = 20_000
     # Stop after this many minutes of this session; the run can go on later.
     minutes: float | None = None
-    # Train for this many minutes in all sessions together, cool-down included, if the steps do not end it before.
+    # Train for this many minutes in all sessions together, cool-down included, if the steps do not end it before. The
+    # evaluation at the end comes on top.
     budget_minutes: float | None = None
     # AdamW's learning rate between warm-up and cool-down.
     lr: float = 6e-4
@@ -59,11 +61,10 @@ class RunCfg:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "log_every", "checkpoint_minutes"):
-            if not getattr(self, name) > 0:
-                raise L2MError(f"RunCfg.{name}", expected="more than 0", got=str(getattr(self, name)))
-        if self.budget_minutes is not None and not self.budget_minutes > 0:
-            raise L2MError("RunCfg.budget_minutes", expected="more than 0", got=str(self.budget_minutes))
+        for name in ("steps", "lr", "log_every", "checkpoint_minutes", "minutes", "budget_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise L2MError(f"RunCfg.{name}", expected="a number above 0", got=str(value))
 
     def lr_at(self, step: int, spent: float = 0.0) -> float:
         """Learning rate of a step: warm-up, level, cool-down.
@@ -135,6 +136,9 @@ class TrainingRun:
         self._board = _tensorboard(folder) if self.is_main else None
         if (folder / _CHECKPOINT).is_file():
             self._load()
+        if self.budget_spent >= 1 and self.is_main:
+            had = f"trained for {self.trained_seconds / 60:.0f} of {cfg.budget_minutes:g} minutes"
+            warnings.warn(f"run in {folder}: {had}; give it a larger budget to go on", stacklevel=2)
         self.network: nn.Module = self.accelerator.prepare_model(model)
 
     def begin_from(self, state: dict[str, Tensor]) -> None:
@@ -158,11 +162,7 @@ class TrainingRun:
         Raises:
             L2MError: the processes cannot share it evenly.
         """
-        processes = self.accelerator.num_processes
-        if batch_size % processes:
-            expected = f"a batch that {processes} processes share evenly"
-            raise L2MError("training", expected=expected, got=str(batch_size))
-        return batch_size // processes
+        return share_of(batch_size, self.accelerator)
 
     def update(self, loss: Tensor) -> dict[str, Tensor | float]:
         """One optimiser step from a loss; a loss or gradient that is not finite is skipped and counted.
@@ -280,6 +280,19 @@ class TrainingRun:
             write_text(path, json.dumps(mine, indent=1))
 
 
+def share_of(batch_size: int, accelerator: "Accelerator") -> int:
+    """One process's part of a batch.
+
+    Raises:
+        L2MError: the processes cannot share it evenly.
+    """
+    processes = accelerator.num_processes
+    if batch_size % processes:
+        expected = f"a batch that {processes} processes share evenly"
+        raise L2MError("training", expected=expected, got=str(batch_size))
+    return batch_size // processes
+
+
 def start_accelerator(device: str) -> "Accelerator":
     """Join the processes that `accelerate launch` (or torchrun) started; without it there is this one alone.
 
@@ -340,7 +353,9 @@ def run_loop(
                 run.log(line)
                 if report:
                     report({"step": run.step} | line)
-            if evaluate and evaluate_every and run.step % evaluate_every == 0:
+            # What an evaluation takes of a budget in the cool-down, the rate would have to jump over.
+            cooling = run.budget_spent > 1 - run.cfg.cooldown
+            if evaluate and evaluate_every and run.step % evaluate_every == 0 and not cooling:
                 _evaluate(run, evaluate, report)
                 evaluated = run.step
             run.save_if_due()

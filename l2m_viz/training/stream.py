@@ -185,7 +185,8 @@ class PairStream:
             handing_over = self.num_workers and isinstance(
                 error, ConnectionError | EOFError | FileNotFoundError
             )
-            if not handing_over and "DataLoader worker (pid" not in str(error):
+            its_own = "in DataLoader worker process" in str(error)  # what went wrong in a worker that is well
+            if its_own or not (handing_over or "DataLoader worker (pid" in str(error)):
                 raise
             todo = (
                 "most often memory ran out: take fewer workers or smaller batches, and resume with start; "
@@ -318,10 +319,12 @@ class _Batches(Dataset[_Made]):
                 pair, unusable = self._maker.make(order.index + offset, difficulty)
                 skipped |= unusable
                 pairs.append(pair)
+            batch = _stack(pairs)
+            if self._finish is not None:
+                batch = _in_one_block(self._finish(batch))
         except L2MError as error:
             return _Made(None, skipped, error)
-        batch = _stack(pairs)
-        return _Made(batch if self._finish is None else self._finish(batch), skipped, None)
+        return _Made(batch, skipped, None)
 
 
 def _stack(made: list[StreamedPair]) -> PairBatch:
@@ -334,6 +337,13 @@ def _stack(made: list[StreamedPair]) -> PairBatch:
         backgrounds=tuple(one.background for one in made),
         index=made[0].index,
     )
+
+
+def _in_one_block(batch: PairBatch) -> PairBatch:
+    """A batch whose fields have come to lie here and there, in one block of memory again."""
+    parts = {name: [values] for name, values in vars(batch).items() if isinstance(values, Tensor)}
+    stacked = _stack_in_one_block(parts)
+    return replace(batch, **{name: values[0] for name, values in stacked.items()})
 
 
 def _stack_in_one_block(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:

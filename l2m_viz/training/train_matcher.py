@@ -23,7 +23,7 @@ from l2m_viz.training.losses import MatcherLossCfg, StageLoss, matcher_losses, r
 from l2m_viz.training.occluders import OccluderCfg, with_occluders
 from l2m_viz.training.pairs import PairCfg
 from l2m_viz.training.rims import RimCfg, with_rims
-from l2m_viz.training.run import RunCfg, TrainingRun, run_loop, start_accelerator
+from l2m_viz.training.run import RunCfg, TrainingRun, run_loop, share_of, start_accelerator
 from l2m_viz.training.stream import PairBatch, PairStream
 
 WEIGHTS = "weights.safetensors"
@@ -159,6 +159,7 @@ def train_matcher(
     PairStream(photos, cfg.pairs, batch_size=1)  # says what is wrong with the photos before a folder is begun
     torch.manual_seed(cfg.run.seed)
     accelerator = start_accelerator(device)
+    share_of(cfg.batch_size, accelerator)  # refused before the folder is begun
     network = DenseNetwork(cfg.network).to(  # pyright: ignore[reportCallIssue]
         device=accelerator.device, memory_format=torch.channels_last
     )
@@ -203,7 +204,7 @@ def train_matcher(
 class Dressing:
     """What pairs get beside geometry, in this order: occluders, rims, light and noise, second views of other photos.
 
-    All of it is a function of the pairs' seeds and the settings.
+    All of it is a function of the settings and the pairs' seeds; an unrelated view is the next pair's of the batch.
     """
 
     occluders: OccluderCfg
@@ -241,7 +242,7 @@ class _Batches:
 
     def next(self, step: int) -> PairBatch:
         if self._device.type != "cuda":
-            return next(self._streams[step % len(self._streams)])
+            return next(self._streams[step % len(self._streams)]).to(self._device)
         batch = self._coming.result() if self._coming else self._to_gpu(step)
         self._coming = self._thread.submit(self._to_gpu, step + 1)
         for values in vars(batch).values():

@@ -54,6 +54,11 @@ def bench_local_correlation(benchmark, in_units, capsys, form):
     else:
         moved, flops = 4 * (2 * a.numel() + warp.numel() * 25), 2 * 64 * a.numel()
         in_units("local correlation", lambda: local_correlation(a, b, warp, 3), moved=moved, flops=flops)
+    ours, naive = (
+        local_correlation(a, b, warp, 3),
+        naive_local_correlation(a.contiguous(), b.contiguous(), warp, 3),
+    )
+    assert (ours - naive.view_as(ours)).abs().max() < 1e-4
     _seconds[form] = benchmark.stats.stats.median
     if "naive" in _seconds and form == "ours":
         ratio = _seconds["naive"] / _seconds["ours"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from l2m_viz.geometry import normalized_grid
-from l2m_viz.matching.local_correlation import _correlate_in_torch, local_correlation
+from l2m_viz.matching.local_correlation import _correlate_in_torch, _CorrelateInTorch, local_correlation
 
 
 def _by_sampling(features_A, features_B, warp, radius):
@@ -109,6 +109,33 @@ def test_any_number_of_cells_at_a_time_is_the_same(monkeypatch):
         results.append((result.detach(), leaf.grad))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_autocast_does_not_reach_the_sums(monkeypatch, traced):
+    """The form that GPUs and compilers take, here on the CPU: products in bfloat16 would have three digits."""
+    features_A, features_B, warp = _inputs(channels=64)
+    expected = _by_sampling(features_A, features_B, warp, 2)
+    monkeypatch.setattr("l2m_viz.matching.local_correlation.is_traced", lambda: traced)
+    if not traced:  # the CPU's kernel steps aside
+        monkeypatch.setattr("l2m_viz.matching.local_correlation._Correlate", _CorrelateInTorch)
+    leaf = features_A.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = local_correlation(leaf, features_B, warp, 2)
+    result.sum().backward()
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    exact = features_A.clone().requires_grad_()
+    _by_sampling(exact, features_B, warp, 2).sum().backward()
+    torch.testing.assert_close(leaf.grad, exact.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "hw_A"), [(0, (5, 8)), (1, (0, 8))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_cells_the_result_is_empty(batch, hw_A, dtype):
+    features_A, warp = torch.zeros(batch, 12, *hw_A, dtype=dtype), torch.zeros(batch, 2, *hw_A, dtype=dtype)
+    result = local_correlation(features_A, torch.zeros(batch, 12, 7, 6, dtype=dtype), warp, 1)
+    assert result.shape == (batch, 9, *hw_A)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from l2m_viz.geometry import (
     transform_points,
     unproject_depth,
 )
-from l2m_viz.training.occluders import Occluder, OccluderCfg, draw_occluder, put_before, with_occluders
+from l2m_viz.training.occluders import Occluder, OccluderCfg, draw_occluder, put_into, with_occluders
 
 ALWAYS = OccluderCfg(share=1.0, thickness=(0.12, 0.25))  # of 48 px: thinner ones fall between the pixels
 HW = (48, 64)
@@ -34,6 +34,13 @@ def before(make_batch):
 @pytest.fixture(scope="module")
 def after(before):
     return with_occluders(before, ALWAYS)
+
+
+def put_before(view, occluder):
+    """The pair with one more thing in it; the one given stays as it is."""
+    new = {name: values.clone(memory_format=torch.contiguous_format) for name, values in view.items()}
+    put_into(new, occluder)
+    return new
 
 
 def _sides(batch, i):

@@ -124,6 +124,8 @@ def test_a_budget_of_minutes_brings_the_rate_down_before_it_ends_the_run(tmp_pat
             clock["now"] += 30
         run.save()
         clock["now"] += 3600  # between the sessions nothing is spent
+    with pytest.warns(UserWarning, match="trained for 10 of 10 minutes; give it a larger budget to go on"):
+        assert TrainingRun(tmp_path, _model(), cfg, {}).done
     assert len(rates) == 20
     assert rates[:13] == pytest.approx([1.0] * 13)
     expected = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(1, 8)]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,17 +211,38 @@ def test_a_worker_killed_while_it_hands_a_batch_over_ends_the_stream_with_the_sa
         next(iter(PairStream(folder, CFG, batch_size=2)))
 
 
+def _brighter(batch):
+    return replace(batch, image_A=1 - batch.image_A, depth_B=2 * batch.depth_B)
+
+
+def _no_file(batch):
+    raise FileNotFoundError("no such table")
+
+
+def _refused(batch):
+    raise NoPairError("finish: this batch is not wanted")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_when_a_batch_is_finished_keeps_its_name(folder, workers):
+    with pytest.raises(NoPairError, match=r"^finish: this batch is not wanted$"):
+        next(iter(PairStream(folder, CFG, batch_size=1, num_workers=workers, finish=_refused)))
+    with pytest.raises(FileNotFoundError, match=r"no such table"):
+        next(iter(PairStream(folder, CFG, batch_size=1, num_workers=workers, finish=_no_file)))
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
-def test_many_batches_can_be_kept(folder):
+@pytest.mark.parametrize("finish", [None, _brighter])
+def test_many_batches_can_be_kept(folder, finish):
     """Shared memory is an open file each; a list of batches must not run into the limit of 1024."""
-    stream = iter(PairStream(folder, CFG, batch_size=1, num_workers=1))
+    stream = iter(PairStream(folder, CFG, batch_size=1, num_workers=1, finish=finish))
     kept = [next(stream)]
     before = len(list(Path("/proc/self/fd").iterdir()))
     kept += [next(stream) for _ in range(20)]
     after = len(list(Path("/proc/self/fd").iterdir()))
     stream.close()
     assert after - before <= 20 + 4
-    _assert_same(kept, list(PairStream(folder, CFG, batch_size=1, length=21)))
+    _assert_same(kept, list(PairStream(folder, CFG, batch_size=1, length=21, finish=finish)))
 
 
 def test_a_stream_leaves_no_process_and_no_trace_in_the_global_generator(folder):

@@ -115,7 +115,7 @@ def test_unrelated_pairs_get_another_picture_and_are_covisible_nowhere(photos):
 def test_pairs_are_dressed_alike_in_any_process(photos):
     """Occluders, rims, light and unrelated views depend on a pair's seed, not on who makes it."""
     cfg = PRESETS["tiny"]()
-    dressing = Dressing(OccluderCfg(share=1.0), RimCfg(share=1.0), cfg.augment, 0.0)
+    dressing = Dressing(OccluderCfg(share=1.0), RimCfg(share=1.0), cfg.augment, 0.5)
     settings = {"batch_size": 3, "length": 2, "seed": 4}
     pairs = replace(cfg.pairs, hw=(48, 64))
     plain = list(PairStream(photos, pairs, **settings))
@@ -125,7 +125,17 @@ def test_pairs_are_dressed_alike_in_any_process(photos):
             assert_equal(dressing(before), after)
             assert (before.image_A - after.image_A).abs().amax(dim=(1, 2, 3)).min() > 0.02
             assert (before.image_B - after.image_B).abs().amax(dim=(1, 2, 3)).min() > 0.02
-            assert before.depth_A.ne(after.depth_A).any() and after.covisibility_A_to_B.any()
+            assert before.depth_A.ne(after.depth_A).any()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_the_folder_is_begun(photos, tmp_path, monkeypatch):
+    class Three:
+        num_processes, device = 3, torch.device("cpu")
+
+    monkeypatch.setattr("l2m_viz.training.train_matcher.start_accelerator", lambda device: Three())
+    with pytest.raises(L2MError, match="a batch that 3 processes share evenly, got 2"):
+        train_matcher(photos, tmp_path / "run", CFG)
+    assert not (tmp_path / "run").exists()
 
 
 def assert_equal(one, other):
