@@ -185,7 +185,7 @@ def test_3d_waits_for_a_2d_encoder_that_is_finished(photos, tmp_path):
     with pytest.raises(L2MError, match="Train the 2D encoder first"):
         train_stage_1(photos, tmp_path, replace(cfg, stage="3d"))
     said = []
-    written = train_stage_1(photos, tmp_path, replace(cfg, minutes=0.0), say=said.append)
+    written = train_stage_1(photos, tmp_path, replace(cfg, minutes=1e-9), say=said.append)
     assert [path.name for path in written] == ["small-2d.safetensors"]
     assert "0 of 2 steps" in said[-1]
 
