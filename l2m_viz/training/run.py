@@ -61,10 +61,14 @@ class RunCfg:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "log_every", "checkpoint_minutes", "minutes", "budget_minutes"):
+        for name in ("steps", "lr", "log_every", "checkpoint_minutes", "budget_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise L2MError(f"RunCfg.{name}", expected="a number above 0", got=str(value))
+        if (
+            self.minutes is not None and not 0 <= self.minutes < math.inf
+        ):  # 0: the stage before may have left nothing
+            raise L2MError("RunCfg.minutes", expected="a number, 0 or more", got=str(self.minutes))
 
     def lr_at(self, step: int, spent: float = 0.0) -> float:
         """Learning rate of a step: warm-up, level, cool-down.

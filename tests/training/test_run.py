@@ -204,3 +204,10 @@ def test_products_are_in_bfloat16_where_that_is_faster_or_asked_for(monkeypatch,
         assert torch.mm(torch.ones(2, 3), torch.ones(3, 4)).dtype == (
             torch.bfloat16 if half else torch.float32
         )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["minutes", "budget_minutes", "lr"])
+def test_numbers_that_make_no_sense_are_refused_by_name(name, value):
+    with pytest.raises(L2MError, match=rf"^RunCfg\.{name}: expected a number"):
+        RunCfg(**{name: value})
