@@ -24,13 +24,20 @@ def tiny():
     return vit.eval()
 
 
-def test_the_official_outputs_on_a_rectangle(golden):
+@pytest.fixture
+def official(golden):
+    """A network with the weights of the golden file, and what the file holds."""
     arrays = golden("dinov2")
     meta = json.loads(str(arrays["meta"]))
     vit = DinoViT(
         DinoCfg(meta["embed_dim"], meta["depth"], meta["num_heads"], meta["patch_size"], meta["img_size"])
     ).eval()
     vit.load_state_dict({k[2:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("w.")})
+    return vit, arrays
+
+
+def test_the_official_outputs_on_a_rectangle(official):
+    vit, arrays = official
     with torch.no_grad():
         features = vit(torch.from_numpy(arrays["in.image"]))
     assert features.shape == (1, 48, 4, 6)
@@ -107,13 +114,8 @@ def test_full_size_has_the_official_parameters():
     assert {key: list(tensor.shape) for key, tensor in state.items()} == official
 
 
-def test_in_bfloat16_it_is_within_two_hundredths_of_the_official_outputs(golden):
-    arrays = golden("dinov2")
-    meta = json.loads(str(arrays["meta"]))
-    vit = DinoViT(
-        DinoCfg(meta["embed_dim"], meta["depth"], meta["num_heads"], meta["patch_size"], meta["img_size"])
-    ).eval()
-    vit.load_state_dict({k[2:]: torch.from_numpy(v) for k, v in arrays.items() if k.startswith("w.")})
+def test_in_bfloat16_it_is_within_two_hundredths_of_the_official_outputs(official):
+    vit, arrays = official
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = vit(torch.from_numpy(arrays["in.image"]))
     expected = torch.from_numpy(arrays["out.tokens"])

@@ -1,16 +1,24 @@
 """The match decoder against the official module and its own symmetry."""
 
+import pytest
 import torch
 
 from l2m_viz.matching.transformer_decoder import TransformerCfg, TransformerDecoder
 
 
-def test_reproduces_the_official_module(golden):
+@pytest.fixture
+def official_decoder(golden):
+    """A decoder with the weights of the golden file, and what the file holds."""
     official = {
         key: torch.from_numpy(array) for key, array in golden("match_decoder").items() if key != "meta"
     }
     decoder = TransformerDecoder(TransformerCfg(blocks=2, heads=8), dim=32, num_anchors=4096)
     decoder.load_state_dict({key[2:]: value for key, value in official.items() if key.startswith("w.")})
+    return decoder, official
+
+
+def test_reproduces_the_official_module(official_decoder):
+    decoder, official = official_decoder
     logits, certainty = decoder(torch.cat([official["in.gp_posterior"], official["in.features"]], dim=1))
     torch.testing.assert_close(logits, official["out.anchor_logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(certainty, official["out.certainty"], atol=1e-4, rtol=0)
@@ -27,12 +35,8 @@ def test_moving_the_cells_moves_the_answers():
         torch.testing.assert_close(out.flatten(2)[:, :, order], of_shuffled.flatten(2), atol=1e-5, rtol=0)
 
 
-def test_in_bfloat16_it_is_within_two_hundredths_of_the_official_module(golden):
-    official = {
-        key: torch.from_numpy(array) for key, array in golden("match_decoder").items() if key != "meta"
-    }
-    decoder = TransformerDecoder(TransformerCfg(blocks=2, heads=8), dim=32, num_anchors=4096)
-    decoder.load_state_dict({key[2:]: value for key, value in official.items() if key.startswith("w.")})
+def test_in_bfloat16_it_is_within_two_hundredths_of_the_official_module(official_decoder):
+    decoder, official = official_decoder
     inputs = torch.cat([official["in.gp_posterior"], official["in.features"]], dim=1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits, _ = decoder(inputs)
