@@ -212,11 +212,12 @@ class Visitor:
     def _add_render_panel(self) -> None:
         gui = self.client.gui
         with gui.add_folder("Our rasterizer, from this camera"):
+            # Above what changes its height with every paint, and would move it from under the mouse.
+            self._large = gui.add_checkbox("In main view", False, hint="In place of the splats")
+            self._large.on_update(lambda _: self._switch_view())
             blank = to_uint8(scenes.hatch(9 * 16, 14 * 16))
             self._picture = gui.add_image(blank, format="jpeg", jpeg_quality=90)
             self._numbers = gui.add_markdown("drawing ...")
-            self._large = gui.add_checkbox("In main view", False, hint="In place of the splats")
-            self._large.on_update(lambda _: self._switch_view())
 
     def _click_picture(self, name: str) -> None:
         if not self._picking.value:
