@@ -89,8 +89,11 @@ def match_files(
 
 @lru_cache(maxsize=1)
 def _loaded(name: str) -> Matcher:
-    """The matcher that was used last stays in memory: a large network takes seconds to load."""
-    return load_matcher(name)
+    """The matcher that was used last stays in memory: a large network takes seconds to load.
+
+    Uploads may lie on their side: a camera's note of it is lost on many ways.
+    """
+    return load_matcher(name, turns=True)
 
 
 def numbers(result: PairResult, min_certainty: float) -> list[Number]:

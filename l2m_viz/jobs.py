@@ -39,6 +39,8 @@ class MatcherOptions:
     upsample_resolution: HW | None = None
     # Of a dense network; bfloat16 is faster where the processor has it.
     precision: Precision | None = None
+    # Match B after each quarter turn, too, where little of it matches as it is: for pictures that lie on their side.
+    turns: bool = False
 
     def load(self) -> Matcher:
         """Make the matcher.
@@ -54,6 +56,7 @@ class MatcherOptions:
             self.resolution,
             self.upsample_resolution,
             self.precision,
+            self.turns,
         )
 
 

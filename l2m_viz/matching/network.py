@@ -4,7 +4,9 @@ Channels first; warps are (x, y) in normalised coordinates of the other image. B
 images of one size they run stacked in one batch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +161,8 @@ class DenseNetwork(nn.Module):
     ) -> list[StageOutput]:
         """Refine one direction's warp at these strides; gradients are cut between the stages, as in RoMa.
 
+        Every iteration of a refiner is a stage.
+
         Args:
             features_A: Projected features.
             features_B: Projected features.
@@ -170,8 +174,8 @@ class DenseNetwork(nn.Module):
             second_pass: Whether the warp may be propagated, see `RefinerCfg.propagation`.
         """
         stages: list[StageOutput] = []
-        for stride in strides:
-            refiner: Refiner = self.refiners[str(stride)]  # pyright: ignore[reportAssignmentType]
+        for refiner in self._runs(strides):
+            stride = refiner.cfg.stride
             size = features_A[stride].shape[-2:]
             warp, certainty_logit = _resize(warp.detach(), size), _resize(certainty_logit.detach(), size)
             before = warp
@@ -183,6 +187,12 @@ class DenseNetwork(nn.Module):
             certainty_logit, displacement = certainty_logit + delta_logit, warp - before
             stages.append(StageOutput(stride, warp, certainty_logit, displacement))
         return stages
+
+    def _runs(self, strides: list[int]) -> Iterator[Refiner]:
+        """The refiners of these strides, each once for every iteration."""
+        for stride in strides:
+            refiner: Refiner = self.refiners[str(stride)]  # pyright: ignore[reportAssignmentType]
+            yield from repeat(refiner, refiner.cfg.iterations)
 
     def _encode_pair(
         self, image_A: Float[Tensor, "b 3 h w"], image_B: Float[Tensor, "b 3 h2 w2"], *, coarse: bool

@@ -35,6 +35,8 @@ class RefinerCfg:
         kernel: Side of the depth-wise convolutions.
         reach: An output of 1 moves the warp by reach / 8 px of the network's input; None: the stride. RoMa counts its
             grid of 14 px as 16.
+        iterations: How often it runs in a pass, each time from where it came to before, as in RAFT (Teed and Deng, ECCV
+            2020); RoMa: once.
         propagation: What happens to the warp before this refiner in a second pass; None: nothing, as in RoMa.
     """
 
@@ -45,6 +47,7 @@ class RefinerCfg:
     blocks: int = 8
     kernel: int = 5
     reach: int | None = None
+    iterations: int = 1
     propagation: PropagationCfg | None = None
 
 

@@ -15,6 +15,7 @@ from l2m_viz.matching import sparse
 from l2m_viz.matching.classical import DisMatcher, SiftMatcher
 from l2m_viz.matching.matcher import Matcher, Precision, fastest_precision
 from l2m_viz.matching.tiny import SHIPPED, Shipped, load_tiny, tiny_dense_matcher
+from l2m_viz.matching.turned import TurnedMatcher
 from l2m_viz.matching.weights import CHECKPOINTS, load_published
 
 
@@ -150,6 +151,7 @@ def load_matcher(
     resolution: HW | None = None,
     upsample_resolution: HW | None = None,
     precision: Precision | None = None,
+    turns: bool = False,
 ) -> Matcher:
     """Make a matcher by its name.
 
@@ -164,6 +166,8 @@ def load_matcher(
         precision: "bfloat16" is several times faster where the processor has it (elsewhere many times slower, and
             there is a warning), and moves a few matches between places that look alike; None takes float32 for
             published networks, for l2m-tiny what is faster here.
+        turns: Where little of B matches as it is, match it after each quarter turn, too, and take the best: for
+            pictures that may lie on their side, in up to four times the time.
 
     Raises:
         MissingError: there is no such matcher, or its weights are not here and cannot be fetched.
@@ -185,7 +189,8 @@ def load_matcher(
     if precision == "bfloat16" and fastest_precision(device) != "bfloat16":
         told = f"matcher '{name}': {device.type} does not multiply bfloat16 here, so float32 is many times faster"
         warnings.warn(told, stacklevel=2)
-    return entry.load(options, device)
+    matcher = entry.load(options, device)
+    return TurnedMatcher(matcher) if turns else matcher
 
 
 def _check_options(resolution: Any, upsample_resolution: Any, precision: Any) -> None:  # noqa: ANN401

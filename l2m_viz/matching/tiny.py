@@ -34,7 +34,7 @@ def tiny_cfg() -> NetworkCfg:
         encoder=TINY_PYRAMID,
         coarse=AttentionCoarseCfg(),
         refiners=(
-            RefinerCfg(stride=8, displacement_dim=16, radius=4, hidden=96, blocks=4),
+            RefinerCfg(stride=8, displacement_dim=16, radius=4, hidden=96, blocks=4, iterations=2),
             RefinerCfg(stride=4, displacement_dim=16, radius=2, hidden=64, blocks=3),
             RefinerCfg(stride=2, displacement_dim=8, hidden=40, blocks=2, propagation=PropagationCfg()),
         ),
@@ -48,7 +48,7 @@ def base_cfg() -> NetworkCfg:
         encoder=ConvPyramidCfg(widths=(64, 96, 192, 384), blocks=(1, 2, 3, 4)),
         coarse=AttentionCoarseCfg(dim=384, layers=8, heads=8),
         refiners=(
-            RefinerCfg(stride=8, displacement_dim=32, radius=4, hidden=256, blocks=6),
+            RefinerCfg(stride=8, displacement_dim=32, radius=4, hidden=256, blocks=6, iterations=2),
             RefinerCfg(stride=4, displacement_dim=32, radius=2, hidden=128, blocks=6),
             RefinerCfg(stride=2, displacement_dim=16, hidden=64, blocks=4, propagation=PropagationCfg()),
         ),

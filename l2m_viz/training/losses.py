@@ -149,7 +149,10 @@ def robust_distance(epe: Float[Tensor, "*n"], scale: float, exponent: float) -> 
 
 
 def reduce_losses(losses: list[StageLoss], cfg: MatcherLossCfg) -> dict[str, Tensor]:
-    """Means over the cells that count, and their ``total``; a batch without any truth gives 0, never NaN."""
+    """Means over the cells that count, and their ``total``; a batch without any truth gives 0, never NaN.
+
+    Of a refiner that runs more than once the last iteration is named; the total has all.
+    """
     terms: dict[str, Tensor] = {}
     total = torch.zeros((), device=losses[0].certainty.device)
     for loss in losses:

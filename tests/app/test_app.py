@@ -155,6 +155,20 @@ def test_l2m_tiny_finds_the_known_shift_in_any_picture(client, shifted, tmp_path
     assert certainty.median() > 0.6
 
 
+def test_a_picture_that_lies_on_its_side_is_matched(client, shifted, tmp_path):
+    lying = Image.open(shifted[1]).transpose(Image.Transpose.ROTATE_90)  # counter-clockwise: (x, y) to (y, W - x)
+    lying.save(tmp_path / "b.png")
+    answer = match(client, shifted[0], tmp_path / "b.png")
+    found = Match.load(answer["npz"]["value"])
+    assert found.hw_B == (lying.height, lying.width)
+    inner = pixel_grid(HW_A)[30:-40:7, 80:-80:7]
+    points_B, certainty = found.query(inner)
+    x, y = (inner + torch.tensor(FLOW_PX)).unbind(-1)
+    error_px = (points_B - torch.stack([y, HW_B[1] - x], dim=-1)).norm(dim=-1)
+    assert error_px.median() < 1
+    assert certainty.median() > 0.6
+
+
 def test_csv_holds_the_known_shift_in_pixels(answer):
     rows = list(csv.DictReader(Path(answer["csv"]["value"]).read_text().splitlines()))
     assert len(rows) == work.NUM_MATCHES

@@ -266,3 +266,27 @@ def test_in_bfloat16_the_official_decoder_keeps_its_anchors_and_their_warp(offic
         assert kept.float().mean() >= 0.9
         for stage, fast_stage in zip(stages[:2], fast_stages[:2], strict=True):  # at the coarse cells
             assert (stage.warp - fast_stage.warp).abs().amax(dim=1)[kept].max() < 2e-2
+
+
+@pytest.mark.parametrize("wider_B", [0, 16], ids=["stacked", "apart"])
+def test_an_iterated_refiner_goes_on_from_where_it_came_to(wider_B):
+    torch.manual_seed(0)
+    once = DenseNetwork(tiny_cfg()).eval()
+    first, *others = tiny_cfg().refiners
+    thrice = DenseNetwork(replace(tiny_cfg(), refiners=(replace(first, iterations=3), *others))).eval()
+    thrice.load_state_dict(once.state_dict())  # as many parameters
+    image_A, image_B = torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 96 + wider_B)
+    with torch.no_grad():
+        for direction, stages in enumerate(thrice(image_A, image_B)):
+            assert [stage.stride for stage in stages] == [16, 8, 8, 8, 4, 2]
+            images = (image_A, image_B) if direction == 0 else (image_B, image_A)
+            maps = [once._project(once.encode(image)) for image in images]
+            hw_to = (images[1].shape[-2], images[1].shape[-1])
+            for before, after in pairwise(stages):
+                (by_hand,) = once.refine(
+                    *maps, before.warp, before.certainty_logit, hw_to, strides=[after.stride]
+                )
+                torch.testing.assert_close(after.warp, by_hand.warp, atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    after.certainty_logit, by_hand.certainty_logit, atol=1e-5, rtol=1e-5
+                )

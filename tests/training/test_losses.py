@@ -97,6 +97,17 @@ def test_a_perfect_answer_costs_the_least(shift):
     assert exact["certainty_8"].item() == pytest.approx(math.log(2))
 
 
+def test_the_total_has_every_iteration_of_a_refiner(shift):
+    warp, seen = shift
+    perfect, _ = truth_at_stride(warp, seen, 8)
+    cfg = MatcherLossCfg()
+    stages = [_stage(8, perfect + 0.02), _stage(8, perfect + 0.01)]
+    both = reduce_losses(matcher_losses(stages, warp, seen, HW, cfg), cfg)
+    first, last = (reduce_losses(matcher_losses([stage], warp, seen, HW, cfg), cfg) for stage in stages)
+    assert both["total"].item() == pytest.approx((first["total"] + last["total"]).item())
+    assert both["position_8"].item() == pytest.approx(last["position_8"].item())
+
+
 def test_errors_are_pixels_of_the_other_image(shift):
     warp, seen = shift
     perfect, _ = truth_at_stride(warp, seen, 8)
