@@ -156,7 +156,9 @@ def test_l2m_tiny_finds_the_known_shift_in_any_picture(client, shifted, tmp_path
 
 
 def test_a_picture_that_lies_on_its_side_is_matched(client, shifted, tmp_path):
-    lying = Image.open(shifted[1]).transpose(Image.Transpose.ROTATE_90)  # counter-clockwise: (x, y) to (y, W - x)
+    lying = Image.open(shifted[1]).transpose(
+        Image.Transpose.ROTATE_90
+    )  # counter-clockwise: (x, y) to (y, W - x)
     lying.save(tmp_path / "b.png")
     answer = match(client, shifted[0], tmp_path / "b.png")
     found = Match.load(answer["npz"]["value"])

@@ -213,6 +213,7 @@ def check_click(page, found):
     box = image.bounding_box()
     image.click(position={"x": 0.4 * box["width"], "y": 0.75 * box["height"]})
     wait_for_other_picture(page, "click_b", old)
+    page.locator("#click_text").get_by_text("→").first.wait_for(timeout=_WAIT_MS)
     text = page.locator("#click_text").inner_text()
     x_A, y_A, x_B, y_B = (
         float(part) for pair in text.split("(")[1:] for part in pair.split(")")[0].split(",")
