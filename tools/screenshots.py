@@ -68,11 +68,15 @@ def take_viewer(page: Page, url: str) -> None:
     page.evaluate("document.querySelectorAll('.mantine-Notification-closeButton').forEach(x => x.click())")
     page.mouse.move(450, 450)
     page.mouse.down()
-    page.mouse.move(400, 462, steps=3)
+    for step in range(1, 6):  # slowly: the camera follows the mouse from one drawn picture to the next
+        page.mouse.move(450 - 10 * step, 450 + 2.4 * step)
+        page.wait_for_timeout(1000)
     page.mouse.up()
-    page.mouse.wheel(0, 200)
-    page.wait_for_timeout(8000)
-    page.mouse.click(455, 400)
+    for _ in range(5):  # back, until both cameras are in the picture
+        page.mouse.wheel(0, 200)
+        page.wait_for_timeout(3000)
+    page.wait_for_timeout(5000)
+    page.mouse.click(465, 487)  # the tank
     page.wait_for_timeout(12000)
     page.screenshot(path=IMAGES / "viewer.png", timeout=180_000)  # software WebGL is slow
 
@@ -87,9 +91,10 @@ def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=_ARGS)
-        for module, take in (("app", take_app), ("app.viewer", take_viewer)):
+        # all of the viewer's panel in one picture; the app's page is as long as it is
+        for module, take, height in (("app", take_app, 860), ("app.viewer", take_viewer, 1020)):
             with served(module) as url:
-                page = browser.new_page(viewport={"width": 1280, "height": 860})
+                page = browser.new_page(viewport={"width": 1280, "height": height})
                 take(page, url)
                 page.close()
         browser.close()
