@@ -23,10 +23,10 @@ from app.work import (
 )
 from l2m_viz.errors import L2MError
 from l2m_viz.geometry import to_normalized, to_pixel
-from l2m_viz.matching import list_matchers
+from l2m_viz.matching import NO_OVERLAP, list_matchers
 from l2m_viz.show import figures
 from l2m_viz.show.colors import colorize
-from l2m_viz.show.pair import NO_OVERLAP, blend, hatch_uncertain, legend_html, mark_point, match_lines
+from l2m_viz.show.pair import blend, hatch_uncertain, legend_html, mark_point, match_lines
 
 DEFAULT_MATCHER = "l2m-tiny"  # the first that is there, if this copy of the package lacks its weights
 _WAITING = "Give two pictures, or click an example, then press **Match**."
@@ -223,7 +223,9 @@ def _fill(out: _Outputs, found: PairResult, share: float, threshold: float) -> d
 def _verdict(found: PairResult) -> str:
     overlap = found.match.overlap
     if overlap >= NO_OVERLAP:
-        return f"Overlap **{overlap:.2f}**, {found.num_matches:,} matches, {found.seconds:.1f} s."
+        turns = found.match.turns_B
+        turned = f" B was turned by {90 * turns}° counter-clockwise to find them." if turns else ""
+        return f"Overlap **{overlap:.2f}**, {found.num_matches:,} matches, {found.seconds:.1f} s.{turned}"
     plain = f"These two images do not seem to show the same thing (overlap {overlap:.2f})."
     gr.Warning(plain, title="Little overlap")
     return f"⚠️ **{plain}** Or they differ by more than this matcher can follow: try another."

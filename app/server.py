@@ -35,6 +35,8 @@ _ABOUT = """
 - **Certainty** is the matcher's own opinion: predicted by the network of `l2m-tiny`, agreement of both directions for
   `dis`, distance to the nearest keypoint for `sift`. Hatched places are below the threshold: B does not show them, or
   the matcher does not know.
+- **A picture that lies on its side** is matched, too: where little of B matches as it is, each quarter turn is tried,
+  which takes up to four times as long. All results are for B as it is.
 - PNG, JPEG, WebP, BMP, GIF, TIFF and PPM up to 50 MB and 50 million pixels. Browsers show no preview of TIFF.
 """
 

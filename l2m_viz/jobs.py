@@ -56,7 +56,7 @@ class MatcherOptions:
             self.resolution,
             self.upsample_resolution,
             self.precision,
-            self.turns,
+            turns=self.turns,
         )
 
 
@@ -97,6 +97,8 @@ def match_to_folder(
         with atomic_write(out / name) as file:
             file.write(figures.to_png(figure))
     yield f"overlap {match.overlap:.3f} (mean certainty; near 0: the images do not show the same thing)"
+    if match.turns_B:
+        yield f"B was turned by {90 * match.turns_B} degrees counter-clockwise for it; the files are for B as it is"
     if hloc is not None:
         yield f"{match.to_hloc(hloc, path_A.name, path_B.name)} matches for hloc in {hloc}"
     if colmap is not None:

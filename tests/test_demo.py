@@ -188,6 +188,12 @@ def test_match_and_lift_commands_write_their_files(tmp_path, monkeypatch, capsys
         assert {image.name for image in database.read_all_images()} == {"a.png", "b.png"}
         assert database.num_matches() > 100
     assert Match.load(tmp_path / "m" / "match.npz").hw_A == (167, 247)
+    write_image(tmp_path / "lying.png", torch.rot90(sample.image_B[::3, ::3]).contiguous())
+    turned = [paths[0], str(tmp_path / "lying.png"), "--turns", "--out", str(tmp_path / "t")]
+    monkeypatch.setattr(sys, "argv", ["l2m", "match", *turned])
+    main()
+    assert "B was turned by 270 degrees counter-clockwise" in capsys.readouterr().out
+    assert Match.load(tmp_path / "t" / "match.npz").turns_B == 3
     monkeypatch.setattr(sys, "argv", ["l2m", "lift", paths[0], "--out", str(tmp_path / "l"), "--views", "2"])
     main()
     assert "guess" in capsys.readouterr().out

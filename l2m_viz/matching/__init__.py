@@ -2,6 +2,7 @@
 
 from l2m_viz.matching.classical import DisMatcher as DisMatcher, SiftMatcher as SiftMatcher
 from l2m_viz.matching.match import (
+    NO_OVERLAP as NO_OVERLAP,
     Direction as Direction,
     Match as Match,
     Matches as Matches,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from l2m_viz._simd import LANES
 from l2m_viz.encoders.folding import conv_norm, fold
 from l2m_viz.encoders.linear import affine, packed
+from l2m_viz.errors import L2MError
 from l2m_viz.geometry import HW, normalized_grid
 from l2m_viz.matching.depthwise import KERNEL, DepthwiseConv2d, convolve
 from l2m_viz.matching.local_correlation import local_correlation
@@ -37,7 +38,7 @@ class RefinerCfg:
             grid of 14 px as 16.
         iterations: How often it runs in a pass, each time from where it came to before, as in RAFT (Teed and Deng, ECCV
             2020); RoMa: once.
-        propagation: What happens to the warp before this refiner in a second pass; None: nothing, as in RoMa.
+        propagation: What happens to the warp before each of its runs in a second pass; None: nothing, as in RoMa.
     """
 
     stride: int
@@ -49,6 +50,10 @@ class RefinerCfg:
     reach: int | None = None
     iterations: int = 1
     propagation: PropagationCfg | None = None
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise L2MError("RefinerCfg iterations", expected="1 or more", got=str(self.iterations))
 
 
 class Refiner(nn.Module):

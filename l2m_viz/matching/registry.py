@@ -166,15 +166,15 @@ def load_matcher(
         precision: "bfloat16" is several times faster where the processor has it (elsewhere many times slower, and
             there is a warning), and moves a few matches between places that look alike; None takes float32 for
             published networks, for l2m-tiny what is faster here.
-        turns: Where little of B matches as it is, match it after each quarter turn, too, and take the best: for
-            pictures that may lie on their side, in up to four times the time.
+        turns: Where little of B matches as it is, match it after each quarter turn, too, and take the best, see
+            `Match.turns_B`: for pictures of which one may lie on its side, in up to four times the time.
 
     Raises:
         MissingError: there is no such matcher, or its weights are not here and cannot be fetched.
         FileFormatError: the weights are damaged, or another network's.
         L2MError: an option means nothing to this matcher.
     """
-    _check_options(resolution, upsample_resolution, precision)
+    _check_options(resolution, upsample_resolution, precision, turns)
     if name not in _MATCHERS:
         raise MissingError(f"no matcher named '{name}'", expected=f"one of {', '.join(_MATCHERS)}")
     entry = _MATCHERS[name]
@@ -193,7 +193,7 @@ def load_matcher(
     return TurnedMatcher(matcher) if turns else matcher
 
 
-def _check_options(resolution: Any, upsample_resolution: Any, precision: Any) -> None:  # noqa: ANN401
+def _check_options(resolution: Any, upsample_resolution: Any, precision: Any, turns: Any) -> None:  # noqa: ANN401
     """What comes from a user's own code may be anything."""
     for option, hw in (("resolution", resolution), ("upsample_resolution", upsample_resolution)):
         whole = isinstance(hw, tuple | list) and len(hw) == 2 and all(type(side) is int for side in hw)
@@ -203,6 +203,8 @@ def _check_options(resolution: Any, upsample_resolution: Any, precision: Any) ->
     if precision is not None and precision not in get_args(Precision):
         expected = " or ".join(f'"{known}"' for known in get_args(Precision))
         raise L2MError("load_matcher precision", expected=expected, got=repr(precision))
+    if not isinstance(turns, bool):
+        raise L2MError("load_matcher turns", expected="True or False", got=repr(turns))
 
 
 _MAX_SIDE = 8192  # px; attention over such a picture needs more memory than there is

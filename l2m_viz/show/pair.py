@@ -31,10 +31,6 @@ from l2m_viz.show import figures
 from l2m_viz.show.colors import COLOR_MAPS, Kind
 from l2m_viz.show.report import Number
 
-NO_OVERLAP = 0.1
-"""Mean certainty below which two images hardly show the same thing. Measured on unrelated photos of `load_sample`: at
-most 0.01 with dis, 0.08 with sift (16 accidental keypoints); the motorcycle pair has 0.71 and 0.52."""
-
 _STRIPE_PX = 6
 _STRIPES = (0.45, 0.55)  # two greys: visible on a dark and on a bright picture, calm at a distance
 

@@ -161,6 +161,7 @@ def test_a_picture_that_lies_on_its_side_is_matched(client, shifted, tmp_path):
     )  # counter-clockwise: (x, y) to (y, W - x)
     lying.save(tmp_path / "b.png")
     answer = match(client, shifted[0], tmp_path / "b.png")
+    assert "B was turned by 270°" in answer["status"]
     found = Match.load(answer["npz"]["value"])
     assert found.hw_B == (lying.height, lying.width)
     inner = pixel_grid(HW_A)[30:-40:7, 80:-80:7]

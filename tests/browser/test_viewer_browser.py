@@ -68,17 +68,18 @@ def lifted(viewer, tmp_path):
 
 
 def test_splats_and_our_rasterizer_agree_while_the_visitor_looks_around(viewer):
+    first = standing(viewer)
     viewer.get_by_role("button", name="A", exact=True).click()
+    eventually(lambda: standing(viewer) != first, "camera A's whole image, in this window")
     eventually(lambda: agree(viewer), "the splats look like our rasterizer's view of the photo")
-    eventually(lambda: re.search("640 ×|× 640", numbers(viewer)), "full size once the camera stands still")
-    start_text, start = numbers(viewer), panel(viewer)
+    start_text, start = standing(viewer), panel(viewer)
     assert start.std() > 0.1
 
     viewer.mouse.move(100, 300)
     viewer.mouse.down()
     viewer.mouse.move(115, 305, steps=3)
     viewer.mouse.up()
-    eventually(lambda: numbers(viewer) != start_text, "another camera, other holes")
+    eventually(lambda: standing(viewer) != start_text, "another camera, other holes")
     eventually(lambda: agree(viewer), "the splats look like our rasterizer's view from the side")
     eventually(lambda: np.abs(panel(viewer) - start).mean() > 0.03, "the panel shows that side, too")
 
@@ -105,7 +106,7 @@ def test_colours_and_main_view(viewer):
         lambda: np.abs(panel(viewer) - ours)[center(ours)].mean() > 0.08, "feature colours in the panel"
     )
     eventually(lambda: agree(viewer, apart=0.06), "the same feature colours in both")
-    smooth, ours = canvas(viewer), panel(viewer)
+    smooth, ours = still(viewer), panel(viewer)
     choose(viewer, ENCODER, "dense-sift")
     eventually(lambda: np.abs(canvas(viewer) - smooth)[center(rgb)].mean() > 0.08, "other features on them")
     eventually(lambda: np.abs(panel(viewer) - ours)[center(ours)].mean() > 0.08, "and in the panel")
@@ -124,9 +125,9 @@ def test_colours_and_main_view(viewer):
 def test_a_click_takes_a_pixel_apart_and_shows_what_is_alike(viewer, lifted):
     gaussians, camera, near = lifted
     eventually(lambda: agree(viewer), "the splats are drawn")
-    before = numbers(viewer)
+    before = standing(viewer)
     viewer.get_by_role("button", name="A", exact=True).click()
-    eventually(lambda: numbers(viewer) != before, "camera A's whole image, in this window")
+    eventually(lambda: standing(viewer) != before, "camera A's whole image, in this window")
     eventually(lambda: agree(viewer), "the splats are drawn again")
     rgb, ours = still(viewer), panel(viewer)
     box = viewer.locator("canvas").first.bounding_box()
@@ -163,7 +164,7 @@ def test_a_click_takes_a_pixel_apart_and_shows_what_is_alike(viewer, lifted):
     np.testing.assert_allclose(np.argwhere(ball).mean(axis=0), [9, 9], atol=2)
     assert (red > blue + 0.1)[~ball].mean() > 0.5  # what was clicked is like itself
 
-    similar = canvas(viewer)
+    similar = still(viewer)
     viewer.mouse.click(box["x"] + box["width"] / 2, box["y"] + 8)
     eventually(lambda: "Nothing there" in picked_text(viewer), "a click beside the scene says so")
     assert np.abs(canvas(viewer) - similar).mean() < 0.01
@@ -189,6 +190,16 @@ def choose(page, menu: int, name: str) -> None:
 
 def numbers(page) -> str:
     return page.get_by_text("holes (striped)").locator("xpath=..").inner_text()
+
+
+def standing(page) -> str:
+    """Holes and size in the panel, without the time that they took, once the picture has its full size."""
+
+    def holes_and_size() -> str:
+        return numbers(page).rsplit(",", 1)[0]
+
+    eventually(lambda: re.search("640 ×|× 640", holes_and_size()), "full size once the camera stands still")
+    return holes_and_size()
 
 
 def picked_text(page) -> str:

@@ -214,6 +214,7 @@ def test_bfloat16_where_the_processor_has_none_is_warned_of(monkeypatch, amx, av
         ({"upsample_resolution": (0, 320)}, "two whole numbers"),
         ({"upsample_resolution": (10**6, 320)}, "two whole numbers"),
         ({"weights": ""}, "."),
+        ({"turns": 90}, "True or False"),
     ],
 )
 def test_option_values_that_mean_nothing_are_refused(options, message, unchecked):

@@ -1,6 +1,6 @@
 """Quarter turns of B are found and taken back: what the answer is, the pictures themselves say."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +96,6 @@ def test_every_map_of_a_stage_is_turned_back(turns):
     # the likeliest anchor is the same piece of B
     for i, j in ((0, 0), (9, 17), (4, 5)):
         assert torch.equal(torch.rot90(back.anchor_probs[i, j], turns), stage.anchor_probs[i, j])
-    assert all(getattr(back, field.name) is not None for field in fields(Stage))
 
 
 class _Asked(Matcher):
@@ -119,19 +118,20 @@ class _Asked(Matcher):
 
 
 @pytest.mark.parametrize(
-    ("certainties", "asked", "best"),
-    [([0.2], 1, 0.2), ([0.01, 0.02, 0.6, 0.3], 4, 0.6), ([0.03, 0.01, 0.02, 0.0], 4, 0.03)],
+    ("certainties", "best", "turns"),
+    [([0.2], 0.2, 0), ([0.01, 0.02, 0.6, 0.3], 0.6, 3), ([0.03, 0.01, 0.09, 0.0], 0.03, 0)],
     ids=["upright", "turned", "unrelated"],
 )
-def test_turns_are_tried_only_where_little_is_found(certainties, asked, best):
+def test_turns_are_tried_only_where_little_is_found(certainties, best, turns):
     inner = _Asked(certainties)
     image_A, image_B = torch.rand(*HW_A, 3), torch.rand(*HW_B, 3)
-    (match,) = TurnedMatcher(inner).match([image_A], [image_B])
-    assert len(inner.seen) == asked
+    match = TurnedMatcher(inner).match(image_A, image_B)
+    assert len(inner.seen) == len(certainties)
     assert match.overlap == pytest.approx(best)
     assert match.hw_B == HW_B
-    expected = [torch.rot90(image_B, turns) for turns in (0, 1, 3, 2)[:asked]]
-    assert all(torch.equal(a, b) for a, b in zip(inner.seen, expected, strict=True))
+    assert match.turns_B == turns
+    expected = [torch.rot90(image_B, turns) for turns in (0, 1, 3, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(inner.seen, expected, strict=False))
 
 
 @pytest.mark.parametrize("turns", [1, 2])
@@ -142,7 +142,14 @@ def test_l2m_tiny_finds_a_photo_that_lies_on_its_side(turns):
     upright = plain.match(image_A, image_B)
     lying = torch.rot90(image_B, turns)
     assert plain.match(image_A, lying).overlap < 0.05  # it needs the turn
-    found = turning.match(image_A, lying)
+    still, found = turning.match([image_A, image_A], [image_B, lying], stages=True)  # in their order
+    torch.testing.assert_close(still.warp_A_to_B, upright.warp_A_to_B)
+    assert (still.turns_B, found.turns_B) == (0, 4 - turns)
+    first, *refiners = found.stages
+    assert first.displacement is None
+    in_lying_B = torch.rot90(still.stages[0].anchor_probs, turns, dims=(2, 3))
+    torch.testing.assert_close(first.anchor_probs, in_lying_B, atol=1e-3, rtol=0)
+    assert all(stage.anchor_probs is None and stage.displacement is not None for stage in refiners)
     assert found.overlap == pytest.approx(upright.overlap, abs=1e-3)
     height, width = image_B.shape[:2]
     warp = sample_warp(upright.warp_A_to_B, to_normalized(pixel_grid((50, 70)), (50, 70)))
